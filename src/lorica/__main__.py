@@ -1,0 +1,5 @@
+"""`python -m lorica VERB ...`."""
+
+from lorica.cli import main
+
+main()

@@ -1,0 +1,321 @@
+"""What happens around a step: seeding, validation points, progress, evaluation figures, best weights, resumable state."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from lorica.metrics import EvaluationMetrics
+from lorica.models.module import LoricaModule
+
+
+class SeedSteps(Callback):
+    """Every random draw of a micro-step (dropout) follows from (seed, micro-step, rank), so that it is the same after a resume."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed((self.seed * 1_000_003 + batch_idx) * 65_537 + trainer.global_rank)
+
+
+class ValidationPoints(Callback):
+    """Validate after given optimiser steps.
+
+    A run is one Lightning epoch, so `trainer.val_check_batch`, the number of micro-steps whose multiples are validated, is set
+    to the next point each time.
+    """
+
+    def __init__(self, steps: Sequence[int], accumulate: int) -> None:
+        self.points = [s * accumulate for s in steps]
+
+    def _aim(self, trainer: Trainer, done: int) -> None:
+        trainer.val_check_batch = next((p for p in self.points if p > done), float("inf"))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._aim(trainer, batch_idx)
+
+
+class Throughput(Callback):
+    """Counts tokens and examples of training, and the time they took without validation and checkpoints.
+
+    Figures are of all ranks. The device is waited for only when a figure is read.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = self.examples = self.steps = 0
+        self.seconds = 0.0
+        self._since: float | None = None
+        self.first_step_seconds: float | None = None
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def pause(self) -> None:
+        """Stop the clock."""
+        if self._since is not None:
+            self.seconds += self._now() - self._since
+            self._since = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._since is None:
+            self._since = self._now()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.tokens += batch["count"]["tokens"]
+        self.examples += batch["count"]["examples"]
+        self.steps += 1
+        if self.first_step_seconds is None:
+            self.pause()
+            self.first_step_seconds = self.seconds
+            self._since = self._now()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.pause()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.pause()
+
+    def figures(self, trainer: Trainer) -> dict[str, float]:
+        """Rates a second over all ranks and all training time, the first micro-step (which allocates and loads kernels) included."""
+        seconds = self.seconds
+        world = trainer.world_size
+        return {
+            "train/tokens_per_second": world * self.tokens / max(seconds, 1e-9),
+            "train/samples_per_second": world * self.examples / max(seconds, 1e-9),
+            "train/seconds": seconds,
+            "train/first_step_seconds": self.first_step_seconds or 0.0,
+        }
+
+
+class RecordLoss(Callback):
+    """train/loss, learning rate, epoch and rates every `trainer.log_every_n_steps` optimiser steps, and at the last."""
+
+    def __init__(self, throughput: Throughput, every: int, total_steps: int, epoch_at: Callable[[int], float]) -> None:
+        self.throughput, self.every, self.total_steps, self.epoch_at = throughput, every, total_steps, epoch_at
+        self.last_logged = 0
+        self.history: list[tuple[int, float]] = []
+        self._mark: tuple[int, float] | None = None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step == self.last_logged or (step % self.every and step != self.total_steps):
+            return
+        self.last_logged = step
+        assert isinstance(pl_module, LoricaModule)
+        loss = pl_module.read_loss()
+        if loss != loss or abs(loss) == float("inf"):
+            raise FloatingPointError(f"the training loss is {loss} at step {step}")
+        self.history.append((step, loss))
+        figures = {"train/loss": loss, "train/lr": float(trainer.optimizers[0].param_groups[0]["lr"]), "train/epoch": self.epoch_at(step)}
+        now = self.throughput.seconds + (time.perf_counter() - (self.throughput._since or time.perf_counter()))
+        if self._mark is not None and now > self._mark[1]:
+            figures["train/tokens_per_second"] = trainer.world_size * (self.throughput.tokens - self._mark[0]) / (now - self._mark[1])
+        self._mark = (self.throughput.tokens, now)
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=step)
+            logger.save()
+
+
+class Evaluate(Callback):
+    """Figures of validation and test passes; a test pass also keeps each row's scores for predictions.jsonl."""
+
+    def __init__(self, labels: Sequence[str] | None) -> None:
+        self.labels = labels
+        self.metrics: EvaluationMetrics | None = None
+        self.figures: dict[str, float] = {}
+        self.confusion: list[list[int]] | None = None
+        self.rows: dict[int, list[float]] = {}  # test row -> its scores as log-probabilities, or [its summed loss]
+        self.history: list[dict[str, float]] = []
+
+    def _start(self, pl_module: LightningModule) -> None:
+        if self.metrics is None:
+            self.metrics = EvaluationMetrics(self.labels).to(pl_module.device)
+        self.metrics.reset()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(pl_module)
+        self.rows = {}
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        assert self.metrics is not None
+        self.metrics.update(outputs, batch.get("labels"))
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if "scores" in outputs:
+            self.rows |= dict(zip(batch["index"], outputs["scores"].float().tolist(), strict=True))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, pl_module, "test")
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
+        assert self.metrics is not None
+        figures, confusion = self.metrics.compute()
+        self.figures = {f"{prefix}/{name}": value for name, value in figures.items()}
+        self.confusion = confusion
+        if prefix == "val":
+            self.history.append({"step": trainer.global_step, **self.figures})
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.figures.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(self.figures, step=trainer.global_step)
+            logger.save()
+
+
+class KeepBest(Callback):
+    """Writes the weights whenever the validation figure is the best so far.
+
+    Args:
+        monitor: `val/f1_macro` or such (higher is better), or `val/loss` (lower is better).
+        write: writes the weights; called on rank 0 only.
+    """
+
+    def __init__(self, monitor: str, write: Callable[[], None]) -> None:
+        self.monitor, self.write = monitor, write
+        self.sign = -1.0 if monitor.endswith("loss") else 1.0
+        self.best: float | None = None
+        self.best_step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or self.monitor not in trainer.callback_metrics:
+            return
+        value = float(trainer.callback_metrics[self.monitor])
+        if value == value and (self.best is None or self.sign * value > self.sign * self.best):
+            self.best, self.best_step = value, trainer.global_step
+            if trainer.is_global_zero:
+                self.write()
+
+
+class Checkpoints(Callback):
+    """Resumable state after given optimiser steps: the newest stays, the one before goes when the newest is on the disk."""
+
+    def __init__(self, folder: Path, steps: Callable[[int], bool]) -> None:
+        self.folder, self.steps = folder, steps
+        self.saved_at = 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step == self.saved_at or not self.steps(step) or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self.saved_at = step
+        path = self.folder / f"step-{step:09d}.ckpt"
+        temporary = self.folder / f".{path.name}.tmp"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            for old in self.folder.glob("step-*.ckpt"):
+                if old != path:
+                    with contextlib.suppress(OSError):
+                        old.unlink()
+
+
+class ShowProgress(Callback):
+    """A bar with loss, tokens/s and time left on a terminal; a plain line every so often elsewhere."""
+
+    def __init__(self, console: Console, record: RecordLoss, total: int, enabled: bool, start: int = 0) -> None:
+        self.console, self.record, self.total, self.start = console, record, total, start
+        self.enabled = enabled
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        self.eval_task: TaskID | None = None
+        self._last_line = 0.0
+
+    def _loss(self) -> str:
+        return f"{self.record.history[-1][1]:.4f}" if self.record.history else "-"
+
+    def _rate(self) -> str:
+        t = self.record.throughput
+        seconds = t.seconds + (time.perf_counter() - t._since if t._since is not None else 0.0)
+        return f"{t.tokens / seconds:,.0f} tokens/s" if seconds > 0 else ""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.enabled and trainer.is_global_zero and self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
+            self.bar = Progress(
+                *columns,
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=self.console,
+                refresh_per_second=4,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task("train", total=self.total, completed=self.start, note="")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not (self.enabled and trainer.is_global_zero):
+            return
+        step = trainer.global_step
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=step, note=f"loss {self._loss()}  {self._rate()}")
+        elif time.perf_counter() - self._last_line > 15 or step == self.total:
+            if self._last_line or step == self.total:
+                self.console.print(f"step {step}/{self.total}  loss {self._loss()}  {self._rate()}", highlight=False)
+            self._last_line = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.bar is not None and trainer.state.fn == "fit":
+            total = sum(int(n) for n in trainer.num_val_batches)
+            self.eval_task = self.bar.add_task("validate", total=total, note="")
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.bar is not None and self.eval_task is not None:
+            self.bar.advance(self.eval_task)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.bar is not None and self.eval_task is not None:
+            self.bar.remove_task(self.eval_task)
+            self.eval_task = None
+        figures = {
+            k.removeprefix("val/"): float(v)
+            for k, v in trainer.callback_metrics.items()
+            if k in ("val/loss", "val/accuracy", "val/f1_macro", "val/perplexity")
+        }
+        if self.enabled and trainer.is_global_zero and trainer.state.fn == "fit":
+            self.console.print(
+                f"step {trainer.global_step:>6}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()), highlight=False
+            )
+
+    def stop(self) -> None:
+        """Take the bar down."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.stop()

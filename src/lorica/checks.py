@@ -1,0 +1,275 @@
+"""Rules that a configuration must keep beyond its types: ranges, choices, and keys that have to agree with each other. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lorica.config import (
+    ClassificationDataConfig,
+    ConfigError,
+    DataConfig,
+    InstructionDataConfig,
+    MergeConfig,
+    ModelConfig,
+    PredictConfig,
+    TrainConfig,
+)
+
+DATA_ENDINGS = (".csv", ".jsonl", ".json", ".parquet")
+
+
+def nearest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name most like `name`, or None where nothing is alike."""
+    options = list(valid)
+    found = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    if found:
+        return found[0]
+    inside = [o for o in options if name and (name in o or o in name)]
+    return inside[0] if inside else None
+
+
+def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Every leaf of a configuration dataclass as (dotted key, value, the field's metadata)."""
+    for f in dataclasses.fields(node):
+        value, name = getattr(node, f.name), f"{prefix}{f.name}"
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, name + ".")
+        else:
+            yield name, value, dict(f.metadata)
+
+
+def check_ranges(config: Any) -> None:
+    """Every value against the range and the choices of its field.
+
+    Raises:
+        ConfigError: names the first key that is outside.
+    """
+    for name, value, meta in walk(config):
+        choices = meta.get("choices") or ()
+        if choices and value is not None and value not in choices:
+            raise ConfigError(name, value, f"must be one of {', '.join(choices)}", f"{name}={nearest(str(value), choices) or choices[0]}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        low, high, above = meta.get("low"), meta.get("high"), meta.get("above")
+        if value != value or value in (float("inf"), float("-inf")):
+            raise ConfigError(name, value, "must be a finite number")
+        if low is not None and value < low:
+            raise ConfigError(name, value, f"must be at least {low:g}", f"{name}={low:g}")
+        if above is not None and value <= above:
+            raise ConfigError(name, value, f"must be above {above:g}")
+        if high is not None and value > high:
+            raise ConfigError(name, value, f"must be at most {high:g}", f"{name}={high:g}")
+
+
+def check(config: Any) -> None:
+    """All rules for one verb's configuration.
+
+    Raises:
+        ConfigError: the first rule broken, with the key, the value, the rule and what to type instead.
+    """
+    check_ranges(config)
+    if isinstance(config, TrainConfig):
+        _check_model(config.model)
+        _check_data(config.data)
+        _check_pair(config)
+        _check_batch(config)
+        _check_trainer(config)
+    elif isinstance(config, PredictConfig):
+        _check_predict(config)
+    elif isinstance(config, MergeConfig):
+        _check_folder("run", config.run)
+
+
+def _check_model(model: ModelConfig) -> None:
+    lora = model.lora
+    if model.quantization is not None and model.quantization.load_in_4bit and lora is None:
+        raise ConfigError(
+            "model.quantization",
+            "4-bit",
+            "4-bit weights can't be trained themselves; they need an adapter (model.lora is null)",
+            "model.quantization=null",
+        )
+    if lora is not None:
+        targets = lora.target_modules
+        if isinstance(targets, str):
+            if targets != "all-linear":
+                raise ConfigError(
+                    "model.lora.target_modules",
+                    targets,
+                    "must be a list of layer names or all-linear",
+                    f"model.lora.target_modules=[{targets}]",
+                )
+        elif targets is not None and not (isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets)):
+            raise ConfigError(
+                "model.lora.target_modules",
+                targets,
+                "must be a list of layer names or all-linear",
+                "model.lora.target_modules=[q_proj,v_proj]",
+            )
+    positions = _positions(model.base)
+    if positions is not None and model.max_length > positions:
+        raise ConfigError("model.max_length", model.max_length, f"{model.base} has {positions} positions", f"model.max_length={positions}")
+    if model.base.startswith((".", "/", "~")) and not Path(model.base).expanduser().is_dir():
+        raise ConfigError("model.base", model.base, "there is no such folder", "a folder with config.json and *.safetensors, or a hub name")
+
+
+def positions_of(config: dict[str, Any]) -> int | None:
+    """Longest sequence by a model's `config.json`: RoBERTa's kin count positions from pad_token_id + 1."""
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int):
+        return None
+    if config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        positions -= int(config.get("pad_token_id") or 1) + 1
+    return positions
+
+
+def _positions(base: str) -> int | None:
+    file = Path(base).expanduser() / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        return positions_of(json.loads(file.read_text("utf-8")))
+    except (ValueError, AttributeError) as e:
+        raise ConfigError("model.base", base, f"its config.json can't be read: {e}") from None
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.path is not None and data.source != "files":
+        raise ConfigError("data.path", data.path, f"is read only with data.source=files (it is {data.source})", "data.source=files")
+    if data.source == "files":
+        if data.path is None:
+            raise ConfigError("data.path", None, "data.source=files needs the file or folder to read", "data.path=my_data/train.csv")
+        path = Path(data.path).expanduser()
+        if not path.exists():
+            raise ConfigError("data.path", data.path, "there is no such file or folder" + _sibling(path))
+        if path.is_file() and path.suffix.lower() not in DATA_ENDINGS:
+            raise ConfigError("data.path", data.path, f"must end in {', '.join(DATA_ENDINGS)}")
+    if data.source == "hub" and data.hub_id is None:
+        raise ConfigError("data.hub_id", None, "data.source=hub needs the data set's name", "data.hub_id=owner/name")
+    if data.validation_fraction + data.test_fraction >= 1.0 and data.validation_from == "train":
+        raise ConfigError(
+            "data.validation_fraction",
+            data.validation_fraction,
+            f"with data.test_fraction={data.test_fraction:g} nothing is left to train on",
+        )
+    if isinstance(data, ClassificationDataConfig):
+        if "{text}" not in data.prompt_template:
+            raise ConfigError("data.prompt_template", repr(data.prompt_template), "must contain {text}")
+        if data.labels is not None and (len(data.labels) < 2 or len(set(data.labels)) != len(data.labels)):
+            raise ConfigError("data.labels", data.labels, "needs two or more different names")
+        if data.label_values is not None and (data.labels is None or len(data.label_values) != len(data.labels)):
+            raise ConfigError("data.label_values", data.label_values, "needs one value for each of data.labels")
+    if isinstance(data, InstructionDataConfig):
+        for name, needed in (("prompt_template", ("{prompt}",)), ("prompt_template_with_input", ("{prompt}", "{input}"))):
+            for part in needed:
+                if part not in getattr(data, name):
+                    raise ConfigError(f"data.{name}", repr(getattr(data, name)), f"must contain {part}")
+
+
+def _sibling(path: Path) -> str:
+    parent = path.parent
+    near = nearest(path.name, os.listdir(parent)) if parent.is_dir() else None
+    return f"; did you mean {parent / near}?" if near else ""
+
+
+def _check_pair(config: TrainConfig) -> None:
+    if config.model.task == "sequence_classification" and not isinstance(config.data, ClassificationDataConfig):
+        raise ConfigError(
+            "model",
+            config.model.name,
+            f"is a classifier, and data={config.data.name} has no labels",
+            "data=sentiment, or model=mistral_qlora",
+        )
+
+
+def _check_batch(config: TrainConfig) -> None:
+    t = config.trainer
+    if (t.tokens_per_batch is None) == (t.batch_size is None):
+        both = t.batch_size is not None
+        raise ConfigError(
+            "trainer.batch_size" if both else "trainer.tokens_per_batch",
+            t.batch_size,
+            f"and trainer.tokens_per_batch={t.tokens_per_batch} both size a micro-batch: give one"
+            if both
+            else "give this or trainer.batch_size",
+            "trainer.tokens_per_batch=null" if both else "trainer.batch_size=8",
+        )
+    if t.tokens_per_batch is not None and t.tokens_per_batch < config.model.max_length:
+        raise ConfigError(
+            "trainer.tokens_per_batch",
+            t.tokens_per_batch,
+            f"is less than one example may have (model.max_length={config.model.max_length})",
+            f"trainer.tokens_per_batch={config.model.max_length}",
+        )
+    limit = config.data.max_train_examples
+    if t.batch_size is not None and limit is not None and t.batch_size * t.accumulate_grad_batches > limit:
+        raise ConfigError(
+            "trainer.accumulate_grad_batches" if t.batch_size <= limit else "trainer.batch_size",
+            t.accumulate_grad_batches if t.batch_size <= limit else t.batch_size,
+            f"a step would take {t.batch_size} x {t.accumulate_grad_batches} = {t.batch_size * t.accumulate_grad_batches} examples, "
+            f"more than data.max_train_examples={limit}",
+            f"trainer.batch_size={min(t.batch_size, limit)} trainer.accumulate_grad_batches={max(1, limit // t.batch_size)}",
+        )
+
+
+def _check_trainer(config: TrainConfig) -> None:
+    t = config.trainer
+    if t.max_epochs == -1 and t.max_steps == -1:
+        raise ConfigError("trainer.max_epochs", -1, "with trainer.max_steps=-1 the run would never end", "trainer.max_epochs=3")
+    if 0 in (t.max_epochs, t.max_steps):
+        name = "trainer.max_epochs" if t.max_epochs == 0 else "trainer.max_steps"
+        raise ConfigError(name, 0, "nothing would be trained", f"{name}=1")
+    interval = t.val_check_interval
+    whole = isinstance(interval, int) and not isinstance(interval, bool) and interval >= 1
+    share = isinstance(interval, float) and 0.0 < interval <= 1.0
+    if not (whole or share):
+        raise ConfigError(
+            "trainer.val_check_interval", interval, "must be a whole number of micro-batches or a share of an epoch in (0.0, 1.0]"
+        )
+    _check_devices(t.devices)
+    if t.precision == "16-mixed" and t.accelerator == "cpu":
+        raise ConfigError("trainer.precision", t.precision, "half precision has no CPU kernels for training", "trainer.precision=auto")
+    if len(config.optimizer.betas) != 2 or not all(0.0 <= b < 1.0 for b in config.optimizer.betas):
+        raise ConfigError("optimizer.betas", config.optimizer.betas, "needs two numbers from 0 to below 1", "optimizer.betas=[0.9,0.999]")
+    if config.resume not in (None, "auto", "required") and not (Path(config.resume) / "config.yaml").is_file():
+        near = nearest(config.resume, ("auto", "required"))
+        raise ConfigError(
+            "resume", config.resume, "must be auto, required or a run folder (with its config.yaml)", f"resume={near or 'auto'}"
+        )
+
+
+def _check_devices(devices: Any) -> None:
+    numbers = isinstance(devices, list) and devices and all(isinstance(d, int) and d >= 0 for d in devices)
+    count = isinstance(devices, int) and not isinstance(devices, bool) and (devices == -1 or devices >= 1)
+    if not (numbers or count or devices == "auto"):
+        raise ConfigError(
+            "trainer.devices", devices, "must be auto, a number of devices, -1 for all, or a list of their numbers", "trainer.devices=1"
+        )
+
+
+def _check_predict(config: PredictConfig) -> None:
+    _check_folder("run", config.run)
+    if (config.text is None) == (config.input is None):
+        raise ConfigError("text", config.text, "give one text or one input file", 'text="..." or input=reviews.csv')
+    if config.input is not None:
+        path = Path(config.input).expanduser()
+        if not path.is_file():
+            raise ConfigError("input", config.input, "there is no such file" + _sibling(path))
+        for name, file in (("input", config.input), ("output", config.output)):
+            if file is not None and Path(file).suffix.lower() not in (".csv", ".jsonl"):
+                raise ConfigError(name, file, "must end in .csv or .jsonl")
+        if config.output is not None and Path(config.output).resolve() == path.resolve():
+            raise ConfigError("output", config.output, "is the input itself")
+    elif config.output is not None:
+        raise ConfigError("output", config.output, "is written only for an input file", "input=reviews.csv")
+
+
+def _check_folder(name: str, value: str) -> None:
+    if not Path(value).expanduser().is_dir():
+        raise ConfigError(name, value, "there is no such folder" + _sibling(Path(value)), f"{name}=outputs/latest")

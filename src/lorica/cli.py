@@ -1,0 +1,409 @@
+"""From a command line to typed configuration to a verb. The only file that knows Hydra; torch loads after every check.
+
+`lorica VERB group=option key.path=value ...`: groups are composed by Hydra; dotted overrides are then applied one by one to the
+typed tree, so that each mistake is named by its own key with the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lorica.checks import check, nearest
+from lorica.config import (
+    DATA_SCHEMAS,
+    LOGGER_SCHEMAS,
+    VERBS,
+    ConfigError,
+    NotApplicable,
+    TrainConfig,
+    fill_recommended,
+)
+from lorica.secrets import redact
+
+OPTIONAL_GROUPS = ("experiment", "debug")  # may be null
+RUNNERS = {"train": "lorica.train", "predict": "lorica.predict", "merge": "lorica.export"}
+USAGE = f"""usage: lorica VERB [group=option ...] [key=value ...]
+verbs: {", ".join(VERBS)}
+lorica VERB --help lists the groups and keys of a verb; --cfg job shows what would run."""
+
+
+def main(verb: str | None = None, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one verb and exit: 0 done, 1 failed, 2 the user's configuration or files can't be used."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if verb is None:
+            if not args or args[0] in ("-h", "--help"):
+                print(USAGE)
+                sys.exit(0 if args else 2)
+            verb = args.pop(0)
+            if verb not in VERBS:
+                raise ConfigError("verb", verb, f"must be one of {', '.join(VERBS)}", f"lorica {nearest(verb, VERBS) or 'train'}")
+        code = run(verb, args)
+    except ConfigError as e:
+        print(redact(f"lorica: {e}"), file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("lorica: interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def run(verb: str, args: list[str]) -> int:
+    """Compose, check and call a verb.
+
+    Raises:
+        ConfigError: for every mistake in `args` or in a configuration file.
+    """
+    register_plugins()
+    if any(a in ("-sc", "--shell-completion") for a in args):
+        return _shell_completion(verb, args)
+    overrides, flags = _split(args)
+    if flags["show"]:
+        print(_screen(verb, flags["show"], overrides, flags["config_dir"]))
+        return 0
+    if flags["multirun"]:
+        from lorica.grid import run_grid
+
+        if verb != "train":
+            raise ConfigError("-m", None, f"runs grids of train, not of {verb}")
+        return run_grid(overrides, lambda cell: compose(verb, cell, flags["config_dir"]), flags["config_dir"])
+    config = compose(verb, overrides, flags["config_dir"])
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    code: int = importlib.import_module(RUNNERS[verb]).run(config)
+    return code
+
+
+def conf_dir() -> Path:
+    """The YAML folder: beside the package in an installed wheel, else at the top of the clone."""
+    packaged = Path(__file__).resolve().parent / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "conf"
+
+
+def register_plugins() -> None:
+    """Data modules of installed packages: their dataclass types `data=NAME` (entry point `lorica.data_config`)."""
+    for plugin in entry_points(group="lorica.data_config"):
+        DATA_SCHEMAS[plugin.name] = plugin.load()
+
+
+def _split(args: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Overrides, and the flags, named as Hydra names them: -m, -cd DIR, --cfg job, --help."""
+    overrides: list[str] = []
+    flags: dict[str, Any] = {"multirun": False, "config_dir": None, "show": None}
+    rest = iter(args)
+    for arg in rest:
+        name, _, given = arg.partition("=")
+        if arg in ("-m", "--multirun"):
+            flags["multirun"] = True
+        elif arg in ("-h", "--help"):
+            flags["show"] = "help"
+        elif name in ("-c", "--cfg"):
+            if (what := given or next(rest, "")) != "job":
+                raise ConfigError("--cfg", what, "shows the job's configuration only", "--cfg job")
+            flags["show"] = "job"
+        elif name in ("-cd", "--config-dir"):
+            folder = given or next(rest, "")
+            if not Path(folder).is_dir():
+                raise ConfigError("--config-dir", folder, "there is no such folder")
+            flags["config_dir"] = str(Path(folder).resolve())
+        elif arg.startswith("-"):
+            raise ConfigError(
+                arg, None, "is not a flag of this program", nearest(arg, ("--help", "--multirun", "--cfg", "--config-dir")) or "--help"
+            )
+        else:
+            overrides.append(arg)
+    return overrides, flags
+
+
+def _screen(verb: str, what: str, overrides: list[str], config_dir: str | None) -> str:
+    """`--cfg job`: what would run. `--help`: the groups, the flags and every key with its value now."""
+    from omegaconf import OmegaConf
+
+    config = redact(
+        OmegaConf.to_yaml(
+            OmegaConf.structured(compose(verb, overrides, config_dir)) if what == "job" else compose_tree(verb, overrides, config_dir)
+        )
+    )
+    if what == "job":
+        return config.rstrip()
+    groups = (
+        "".join(f"  {group}: {', '.join(options)}\n" for group, options in group_options(config_dir).items()) if verb == "train" else ""
+    )
+    return (
+        f"usage: lorica {verb} [group=option ...] [key=value ...]"
+        + (" [-m]" if groups else "")
+        + " [--cfg job] [--config-dir DIR] [-sc install=bash]\n\n"
+        + (f"groups\n{groups}\n" if groups else "")
+        + f"keys and their values now (docs/configuration.md says what each means)\n{config}"
+    ).rstrip()
+
+
+def _shell_completion(verb: str, args: list[str]) -> int:
+    """Hydra's own completion, given the schema's keys beside the YAML's."""
+    import hydra
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(group="schema", name=verb, node=VERBS[verb])
+    store.store(name="completion", node={"defaults": [{"schema@_here_": verb}, verb]})
+    sys.argv = [sys.argv[0], *args]
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="completion")(lambda _: None)()
+    return 0
+
+
+def compose(verb: str, args: Sequence[str], config_dir: str | None = None) -> Any:
+    """Typed and checked configuration of one verb.
+
+    Args:
+        args: Hydra overrides, `group=option` and `key.path=value`.
+        config_dir: a folder with more YAML of the same groups.
+    Raises:
+        ConfigError, NotApplicable.
+    """
+    config = _typed(compose_tree(verb, args, config_dir))
+    if isinstance(config, TrainConfig):
+        fill_recommended(config)
+    check(config)
+    return config
+
+
+def compose_tree(verb: str, args: Sequence[str], config_dir: str | None = None) -> Any:
+    """The OmegaConf tree of a verb: schema, then YAML, then the dotted overrides, each checked as it is applied."""
+    from omegaconf import OmegaConf
+
+    groups, values = _parse(verb, args, config_dir)
+    resumed = next((v for k, v in values if k == "resume" and isinstance(v, str)), None) if verb == "train" else None
+    if resumed is not None and (Path(resumed) / "config.yaml").is_file():
+        if groups:
+            raise ConfigError(
+                "resume", resumed, f"restores the run's own configuration; {groups[0]} can't be chosen again", "a new run without resume"
+            )
+        loaded = OmegaConf.load(Path(resumed) / "config.yaml")
+        values = [*values, ("run_dir", str(Path(resumed)))]
+    else:
+        loaded = _compose_yaml(verb, groups, config_dir)
+    try:
+        tree = OmegaConf.merge(_schema(verb, loaded), loaded)
+    except Exception as e:
+        raise _translate(e) from None
+    for name, value in values:
+        _apply(tree, verb, name, value)
+    return tree
+
+
+def _compose_yaml(verb: str, groups: list[str], config_dir: str | None) -> Any:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    search = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=verb):
+            return hydra_compose(verb, overrides=[*groups, *search])
+    except Exception as e:
+        raise _translate(e) from None
+
+
+def _schema(verb: str, loaded: Any) -> Any:
+    """The verb's dataclass as a typed tree; `data` and `logger` by the dataclasses that the YAML names."""
+    from omegaconf import OmegaConf
+
+    schema = OmegaConf.structured(VERBS[verb])
+    if verb == "train":
+        for section, key, schemas in (("data", "module", DATA_SCHEMAS), ("logger", "name", LOGGER_SCHEMAS)):
+            kind = OmegaConf.select(loaded, f"{section}.{key}")
+            if kind not in schemas:
+                raise ConfigError(
+                    f"{section}.{key}",
+                    kind,
+                    f"must be one of {', '.join(schemas)}",
+                    f"{section}.{key}={nearest(str(kind), schemas) or next(iter(schemas))}",
+                )
+            schema[section] = OmegaConf.structured(schemas[kind])
+    return schema
+
+
+def _typed(tree: Any) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+    missing = sorted(OmegaConf.missing_keys(tree))
+    if missing:
+        raise ConfigError(missing[0], None, "must be given", f"{missing[0]}=...")
+    try:
+        return OmegaConf.to_object(tree)
+    except (MissingMandatoryValue, OmegaConfBaseException) as e:
+        raise _translate(e) from None
+
+
+# ------------------------------------------------------------------------------------------------- the command line itself
+
+
+def group_options(config_dir: str | None = None) -> dict[str, list[str]]:
+    """Options of each group, from the YAML folders and from installed packages."""
+    found: dict[str, set[str]] = {}
+    for root in filter(None, (conf_dir(), Path(config_dir) if config_dir else None)):
+        for file in root.glob("*/*.yaml"):
+            found.setdefault(file.parent.name, set()).add(file.stem)
+    for plugin in entry_points(group="lorica.data_config"):
+        found.setdefault("data", set()).add(plugin.name)
+    return {group: sorted(options) for group, options in sorted(found.items())}
+
+
+def _parse(verb: str, args: Sequence[str], config_dir: str | None) -> tuple[list[str], list[tuple[str, Any]]]:
+    """Split overrides into group choices (for Hydra) and (key, value) pairs (for us)."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    options = group_options(config_dir) if verb == "train" else {}
+    groups: list[str] = []
+    values: list[tuple[str, Any]] = []
+    parser = OverridesParser.create()
+    for text in args:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as e:
+            where, _, value = text.partition("=")
+            if "=" not in text:
+                raise ConfigError(where, None, "is not key=value", f"{where}=...") from None
+            raise ConfigError(where, value, f"can't be read ({str(e).splitlines()[0]})", f"""'{where}="{value}"'""") from None
+        name = override.key_or_group
+        if override.is_delete():
+            raise ConfigError(f"~{name}", None, "keys can't be removed; every key of the schema has a value", f"{name}=null")
+        if override.is_sweep_override():
+            raise ConfigError(name, override.get_value_string(), "several values make a grid", f"-m {text}")
+        if name in options and not isinstance(override.value(), dict):
+            value = override.value()
+            if value not in options[name] and not (value is None and name in OPTIONAL_GROUPS):
+                near = nearest(str(value), options[name])
+                raise ConfigError(name, value, f"must be one of {', '.join(options[name])}", f"{name}={near or options[name][0]}")
+            groups.append(f"{name}={'null' if value is None else value}")
+        else:
+            values.append((name, override.value()))
+    return groups, values
+
+
+def schema_keys(schema: type, prefix: str = "") -> dict[str, type]:
+    """Every dotted leaf under a dataclass, optional sub-dataclasses included, with the type that holds it."""
+    keys: dict[str, type] = {}
+    hints = typing.get_type_hints(schema)
+    for f in dataclasses.fields(schema):
+        inner = [t for t in (hints[f.name], *typing.get_args(hints[f.name])) if dataclasses.is_dataclass(t)]
+        if inner:
+            keys.update(schema_keys(typing.cast(type, inner[0]), f"{prefix}{f.name}."))
+        else:
+            keys[f"{prefix}{f.name}"] = schema
+    return keys
+
+
+def _known_keys(tree: Any, verb: str) -> list[str]:
+    """Keys that the composed tree can take: those of the schema with the chosen data set's and logger's own."""
+    from omegaconf import OmegaConf
+
+    keys = schema_keys(VERBS[verb])
+    if verb == "train":
+        keys.update(schema_keys(typing.cast(type, OmegaConf.get_type(tree.data)), "data."))
+        keys.update(schema_keys(typing.cast(type, OmegaConf.get_type(tree.logger)), "logger."))
+    return list(keys)
+
+
+def _apply(tree: Any, verb: str, name: str, value: Any) -> None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    known = _known_keys(tree, verb)
+    sections = {k.rpartition(".")[0] for k in known} - {""}
+    if name not in known and name not in sections:
+        _refuse_unknown(name, value, known, tree, verb)
+    if name in sections and value is not None and not isinstance(value, dict):
+        inner = [k for k in known if k.startswith(f"{name}.")]
+        raise ConfigError(name, value, "is a group of keys, not a value", f"{nearest(f'{name}.{value}', inner) or inner[0]}=...")
+    parent = name.rpartition(".")[0]
+    if parent and OmegaConf.select(tree, parent) is None:
+        chosen = OmegaConf.select(tree, "model.name") if parent.startswith("model.") else None
+        raise NotApplicable(
+            name, value, f"{parent} is null" + (f" in model={chosen}" if chosen else ""), f"leave it out, or set {parent}={{...}}"
+        )
+    try:
+        OmegaConf.update(tree, name, value, merge=True)
+    except OmegaConfBaseException as e:
+        raise ConfigError(name, value, _type_rule(e), "") from None
+
+
+def _refuse_unknown(name: str, value: Any, known: list[str], tree: Any, verb: str) -> NoReturn:
+    """No such key: say which one was meant, or which choice would bring it."""
+    groups = group_options() if verb == "train" else {}
+    if verb == "train":
+        for section, schemas in (("data", DATA_SCHEMAS), ("logger", LOGGER_SCHEMAS)):
+            owners = sorted(option for option, schema in schemas.items() if name in schema_keys(schema, f"{section}."))
+            if owners:
+                chosen = tree[section].name
+                raise NotApplicable(
+                    name, value, f"is a key of {section}={'|'.join(owners)}, not of {section}={chosen}", f"{section}={owners[0]}"
+                )
+    if "." not in name and nearest(name, groups) and name not in groups and isinstance(value, str):
+        group = nearest(name, groups)
+        raise ConfigError(name, value, f"there is no such group or key; groups are {', '.join(groups)}", f"{group}={value}")
+    leaf = name.rpartition(".")[2]
+    same_leaf = sorted((k for k in known if k.rpartition(".")[2] == leaf), key=lambda k: ".recommended." in k)
+    near = same_leaf[0] if same_leaf else nearest(name, known)
+    if near is None:
+        by_leaf = nearest(leaf, [k.rpartition(".")[2] for k in known])
+        near = next((k for k in known if k.rpartition(".")[2] == by_leaf), None)
+    raise ConfigError(name, value, "there is no such key", f"{near}={value}" if near else "python train.py --help")
+
+
+def _type_rule(error: Exception) -> str:
+    text = str(error).splitlines()[0]
+    for python, words in (
+        ("Integer", "a whole number"),
+        ("Float", "a number"),
+        ("Boolean", "true or false"),
+        ("String", "a text"),
+        ("List", "a list"),
+    ):
+        if f"to {python}" in text:
+            return f"must be {words}"
+    if "Union" in text:
+        return f"has the wrong type ({text})"
+    if "not Optional" in text:
+        return "can't be null"
+    if "not a list" in text.lower() or "ListConfig" in text:
+        return "must be a list, as [a,b]"
+    return text
+
+
+def _translate(error: BaseException) -> ConfigError:
+    """Hydra's and OmegaConf's exceptions as one ConfigError; what is neither is re-raised as it is."""
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+    if isinstance(error, ConfigError):
+        return error
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    for e in chain:
+        if isinstance(e, MissingConfigException):
+            group, _, option = (e.missing_cfg_file or "").rpartition("/")
+            near = nearest(option, e.options or [])
+            return ConfigError(group or "config", option, f"must be one of {', '.join(e.options or [])}", f"{group}={near}" if near else "")
+        if isinstance(e, (ConfigKeyError, ConfigAttributeError)) and e.full_key:
+            fields = (
+                [f.name for f in dataclasses.fields(e.object_type)] if e.object_type and dataclasses.is_dataclass(e.object_type) else []
+            )
+            near = nearest(str(e.key), fields)
+            parent = str(e.full_key).rpartition(".")[0]
+            return ConfigError(str(e.full_key), None, "there is no such key", f"{parent}.{near}".lstrip(".") if near else "")
+        if isinstance(e, OmegaConfBaseException) and e.full_key:
+            return ConfigError(str(e.full_key), None, _type_rule(e))
+    if isinstance(error, (HydraException, OmegaConfBaseException)) or type(error).__module__.startswith(("yaml", "omegaconf", "hydra")):
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return ConfigError("configuration", None, "; ".join(lines[:3]) or type(error).__name__)
+    raise error

@@ -1,0 +1,368 @@
+"""The schema of everything a user can set, and the one error a user can cause. No torch in here.
+
+Dataclasses carry names, types, units, ranges and meanings (`key`); the YAML under `conf/` carries values. `docs/configuration.md`
+is generated from this file. Rules that span several keys stand in `checks.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+
+class ConfigError(Exception):
+    """Something the user wrote, or a file the user named, that can't be used.
+
+    Args:
+        where: the dotted key, the flag or the file.
+        value: what was found there (printed as it is; secrets are redacted when shown).
+        rule: what holds for it.
+        fix: what to type or do instead.
+    """
+
+    def __init__(self, where: str, value: object, rule: str, fix: str = "") -> None:
+        self.where, self.value, self.rule, self.fix = where, value, rule, fix
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        head = self.where if self.value is None else f"{self.where}={self.value}"
+        return f"{head}: {self.rule}" + (f"\n  try: {self.fix}" if self.fix else "")
+
+
+class NotApplicable(ConfigError):
+    """A key of the schema that the chosen model, data or logger has no use for, as `model.lora.r` under full fine-tuning."""
+
+
+def key(
+    default: Any = MISSING,
+    meaning: str = "",
+    *,
+    unit: str = "",
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A dataclass field with its documentation and range.
+
+    Args:
+        default: value, or a `list`/`dict`/dataclass type to call for a fresh one.
+        unit: tokens, examples, steps, seconds ...
+        choices: the only strings allowed.
+        low, high: inclusive bounds; above: an exclusive lower bound.
+    """
+    metadata = {"meaning": meaning, "unit": unit, "choices": choices, "low": low, "high": high, "above": above}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+TASKS = ("causal_lm", "sequence_classification")
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd")
+
+
+@dataclass
+class LoraSettings:
+    """LoRA by PEFT's own names (`peft.LoraConfig`)."""
+
+    r: int = key(16, "rank of the update", low=1)
+    lora_alpha: int = key(32, "the update is scaled by lora_alpha / r", low=1)
+    lora_dropout: float = key(0.0, "dropout on the adapter's input", low=0.0, high=0.999)
+    target_modules: Any = key(
+        None, "names of the linear layers that get an adapter, as a list, or `all-linear`; null: PEFT's choice for the architecture"
+    )
+    modules_to_save: list[str] | None = key(None, "layers trained whole and saved with the adapter (a classifier's head always is)")
+    use_rslora: bool = key(False, "scale by lora_alpha / sqrt(r) (rsLoRA)")
+    use_dora: bool = key(False, "weight-decomposed LoRA (DoRA)")
+    bias: str = key("none", "which biases train", choices=("none", "all", "lora_only"))
+
+
+@dataclass
+class QuantizationSettings:
+    """4-bit weights by bitsandbytes' own names (`transformers.BitsAndBytesConfig`)."""
+
+    load_in_4bit: bool = key(True, "keep the frozen linear weights in 4 bits; false: as if no quantization were given")
+    bnb_4bit_quant_type: str = key("nf4", "the 4-bit code", choices=("nf4", "fp4"))
+    bnb_4bit_use_double_quant: bool = key(True, "quantise the block scales too (saves 0.4 bit a weight)")
+    bnb_4bit_compute_dtype: str = key(
+        "auto",
+        "type that 4-bit weights are multiplied in; auto: that of trainer.precision",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+
+
+@dataclass
+class RecommendedSettings:
+    """What a model is usually trained with; used where `optimizer` and `trainer` leave the value null."""
+
+    optimizer: str = key("adamw", "for optimizer.name", choices=OPTIMIZERS)
+    lr: float = key(2e-4, "for optimizer.lr", above=0.0, high=10.0)
+    warmup_ratio: float = key(0.06, "for optimizer.warmup_ratio", low=0.0, high=1.0)
+    batch_size: int | None = key(None, "for trainer.batch_size", unit="examples", low=1)
+    tokens_per_batch: int | None = key(None, "for trainer.tokens_per_batch", unit="tokens", low=8)
+    gradient_checkpointing: bool = key(False, "for trainer.gradient_checkpointing")
+
+
+@dataclass
+class ModelConfig:
+    """What is trained."""
+
+    name: str = key("???", "short name, used in the run folder's name")
+    task: str = key("???", "what the model answers with", choices=TASKS)
+    base: str = key("???", "base model: a local folder, or a repository on the Hugging Face hub")
+    revision: str | None = key(None, "commit, tag or branch of the hub repository; what it resolves to is recorded")
+    max_length: int = key(512, "longest sequence; what is longer is truncated, counted and reported", unit="tokens", low=8)
+    lora: LoraSettings | None = key(None, "adapter settings; null trains every weight")
+    quantization: QuantizationSettings | None = key(None, "4-bit settings; null keeps the weights in 16 or 32 bits")
+    attn_implementation: str = key(
+        "auto",
+        "attention kernel; auto: varlen (sequences end to end, no padding) where the GPU and torch have it, else sdpa",
+        choices=("auto", "varlen", "sdpa", "eager", "flash_attention_2"),
+    )
+    recommended: RecommendedSettings = key(RecommendedSettings)
+    use_chat_template: bool = key(True, "write prompts with the tokenizer's chat template where it has one (causal models)")
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+SOURCES = ("sample", "hub", "files")
+
+
+@dataclass
+class DataConfig:
+    """What every data set has in common."""
+
+    name: str = key("???", "short name, used in the run folder's name")
+    module: str = key("???", "the registered data module that reads the rows")
+    source: str = key("sample", "where rows come from: the package's sample, the Hugging Face hub, or data.path", choices=SOURCES)
+    path: str | None = key(None, "file (csv, jsonl, parquet) or folder with train/validation/test files; needs data.source=files")
+    hub_id: str | None = key(None, "data set repository on the hub, or a local folder in its layout; needs data.source=hub")
+    hub_config: str | None = key(None, "configuration of the hub data set")
+    revision: str | None = key(None, "commit of the hub data set; what it resolves to is recorded")
+    train_split: str = key("train", "name of the training split on the hub")
+    validation_split: str | None = key(None, "name of the validation split on the hub; null: cut from another split")
+    test_split: str | None = key("test", "name of the test split on the hub; null: cut from training")
+    csv_columns: list[str] | None = key(None, "column names of a csv file that has no header line")
+    max_examples: int | None = key(None, "keep a seeded sample of this many rows before any is held out", unit="examples", low=4)
+    max_train_examples: int | None = key(None, "train on a seeded sample of this many", unit="examples", low=1)
+    max_validation_examples: int | None = key(None, "validate on a fixed sample of this many", unit="examples", low=1)
+    max_test_examples: int | None = key(None, "test on a fixed sample of this many", unit="examples", low=1)
+    validation_fraction: float = key(0.1, "share held out for validation where no validation split is given", low=0.0, high=0.9)
+    validation_from: str = key("train", "the split that validation rows are cut from", choices=("train", "test"))
+    test_fraction: float = key(0.1, "share of training rows held out as test where there is no test split", low=0.0, high=0.9)
+    on_bad_rows: str = key(
+        "refuse", "what to do with rows that can't be used: stop and list them, or drop and count them", choices=("refuse", "skip")
+    )
+    num_workers: int = key(0, "loader processes; 0 builds batches in the training process", low=0, high=256)
+
+
+@dataclass
+class ClassificationDataConfig(DataConfig):
+    """Texts with one label each."""
+
+    text_column: str = key("text", "column with the text")
+    label_column: str = key("label", "column with the label: its name, or its number")
+    labels: list[str] | None = key(None, "label names in the order of their numbers; null: the distinct values found in training, sorted")
+    label_values: list[str] | None = key(
+        None, "how each of data.labels is written in the file; null: as in data.labels, or its number from 0"
+    )
+    prompt_template: str = key("Text: {text}\nLabel:", "what a causal model is asked; must contain {text}, and may contain {labels}")
+
+
+@dataclass
+class InstructionDataConfig(DataConfig):
+    """Prompts with one written answer each."""
+
+    prompt_column: str = key("instruction", "column with the instruction")
+    input_column: str | None = key("input", "column with the case it is applied to; null: none. Empty cells are fine")
+    completion_column: str = key("output", "column with the answer to learn")
+    prompt_template: str = key("### Instruction:\n{prompt}\n\n### Response:\n", "wording without an input; must contain {prompt}")
+    prompt_template_with_input: str = key(
+        "### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n### Response:\n", "wording with an input; must contain {prompt} and {input}"
+    )
+    max_new_tokens: int = key(256, "longest generated answer", unit="tokens", low=1)
+    max_generated_examples: int | None = key(
+        64, "test rows that are answered by generation and scored by ROUGE-L; null: all", unit="examples", low=0
+    )
+
+
+@dataclass
+class ChatDataConfig(DataConfig):
+    """Conversations of several turns; every assistant turn is learnt."""
+
+    messages_column: str = key("messages", "column with the list of {role, content}")
+    max_new_tokens: int = key(256, "longest generated answer", unit="tokens", low=1)
+    max_generated_examples: int | None = key(
+        32, "test conversations whose last turn is generated and scored by ROUGE-L; null: all", unit="examples", low=0
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+
+
+@dataclass
+class TrainerConfig:
+    """Lightning's `Trainer` flags under Lightning's names, and the batch plan's sizes."""
+
+    accelerator: str = key("auto", "Lightning: where to run", choices=("auto", "cpu", "gpu", "cuda", "mps"))
+    devices: Any = key("auto", "Lightning: how many devices, a list of their numbers, or auto (one on a GPU machine, one process on a CPU)")
+    num_nodes: int = key(1, "Lightning: machines", low=1)
+    strategy: str = key("auto", "Lightning: how devices share the work", choices=("auto", "ddp", "ddp_find_unused_parameters_true"))
+    precision: str = key(
+        "auto",
+        "Lightning: arithmetic; auto: bf16-mixed on GPUs that have it, 16-mixed on older ones, on CPUs what a short measurement finds faster",
+        choices=PRECISIONS,
+    )
+    max_epochs: int = key(1, "Lightning: passes over the training rows; -1: until max_steps", low=-1)
+    max_steps: int = key(-1, "Lightning: optimiser steps; -1: until max_epochs", unit="steps", low=-1)
+    tokens_per_batch: int | None = key(
+        None,
+        "micro-batch size in tokens, padding included where there is any; give this or batch_size, else the model's own is taken",
+        unit="tokens",
+        low=8,
+    )
+    batch_size: int | None = key(
+        None, "micro-batch size in examples; give this or tokens_per_batch, else the model's own is taken", unit="examples", low=1
+    )
+    accumulate_grad_batches: int = key(1, "Lightning: micro-batches a step; the loss is that of one large batch, exactly", low=1)
+    group_by_length: bool = key(True, "put examples of like length into one micro-batch (less padding; the order stays random)")
+    gradient_clip_val: float | None = key(1.0, "Lightning: largest gradient norm; null: no clipping", above=0.0)
+    gradient_checkpointing: bool | None = key(
+        None,
+        "null: the model's own; true: keep only each layer's input and compute the rest again in backward: less memory, about 30 % more time",
+    )
+    val_check_interval: Any = key(
+        1.0,
+        "Lightning: validate every so many micro-batches (whole number) or this share of an epoch (0.0 to 1.0); rounded up to whole steps",
+    )
+    checkpoint_every_n_steps: int | None = key(
+        None, "save the resumable state every so many optimiser steps; null: after every validation", unit="steps", low=1
+    )
+    early_stopping_patience: int | None = key(None, "stop after so many validations without a better result; null: never", low=1)
+    log_every_n_steps: int = key(10, "Lightning: steps between two records of the training loss", unit="steps", low=1)
+    deterministic: bool = key(False, "Lightning: only kernels that give the same bits each time")
+    detect_anomaly: bool = key(False, "Lightning: name the operation that made a NaN (slow)")
+    enable_progress_bar: bool = key(True, "Lightning: show progress")
+
+
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimiser and its learning-rate schedule."""
+
+    name: str | None = key(
+        None,
+        "adamw (fused), or bitsandbytes' 8-bit states, paged to host memory when the GPU's is short; null: the model's own",
+        choices=OPTIMIZERS,
+    )
+    lr: float | None = key(None, "peak learning rate; null: the model's own", above=0.0, high=10.0)
+    weight_decay: float = key(0.0, "decoupled weight decay; not on biases and norms", low=0.0, high=10.0)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999], metadata={"meaning": "Adam's moment decays"})
+    eps: float = key(1e-8, "Adam's epsilon", above=0.0, high=1.0)
+    lr_scheduler_type: str = key("cosine", "shape of the learning rate after warm-up", choices=SCHEDULES)
+    warmup_steps: int | None = key(None, "steps from 0 to the peak; null: by warmup_ratio", unit="steps", low=0)
+    warmup_ratio: float | None = key(None, "share of all steps from 0 to the peak; null: the model's own", low=0.0, high=1.0)
+
+
+# --------------------------------------------------------------------------------------------------------------- logging
+
+
+@dataclass
+class LoggerConfig:
+    """`csv` and `none`: nothing to set."""
+
+    name: str = key("???", "where metrics go besides the run folder", choices=("csv", "wandb", "none"))
+
+
+@dataclass
+class WandbLoggerConfig(LoggerConfig):
+    """Weights & Biases. The key comes from WANDB_API_KEY or `wandb login`, never from a configuration."""
+
+    project: str = key("lorica", "W&B project")
+    mode: str = key("auto", "auto: online with a key and a network, else offline (and says so)", choices=("auto", "online", "offline"))
+    entity: str | None = key(None, "W&B team or user")
+    group: str | None = key(None, "W&B group; a grid sets its own")
+    run_name: str | None = key(None, "W&B display name; null: the run folder's name")
+    tags: list[str] | None = key(None, "W&B tags")
+    log_model: bool = key(True, "upload the adapter as an artifact")
+
+
+# ------------------------------------------------------------------------------------------------------------- the verbs
+
+
+@dataclass
+class TrainConfig:
+    """`lorica train`."""
+
+    seed: int = key(0, "every random draw follows from it", low=0, high=2**32 - 1)
+    run_dir: str | None = key(None, "where the run is written; null: outputs/<data>-<model>/<time>")
+    resume: str | None = key(
+        None, "auto: go on from the newest unfinished run, or start fresh; required: refuse without one; or a run folder"
+    )
+    model: ModelConfig = key(ModelConfig)
+    data: DataConfig = key(DataConfig)
+    trainer: TrainerConfig = key(TrainerConfig)
+    optimizer: OptimizerConfig = key(OptimizerConfig)
+    logger: LoggerConfig = key(LoggerConfig)
+
+
+@dataclass
+class PredictConfig:
+    """`lorica predict`."""
+
+    run: str = key("???", "run folder, adapter folder or merged model folder")
+    text: str | None = key(None, "one text to answer; give this or input")
+    input: str | None = key(None, "csv or jsonl file to answer, row by row; give this or text")
+    output: str | None = key(None, "file to write (csv or jsonl by its ending); null: beside the input, as <name>.scored.<ending>")
+    text_column: str | None = key(None, "column of the input with the text; null: that of the training data, else `text`")
+    base: str | None = key(None, "load the base model from here instead of where it was at training time")
+    batch_size: int = key(32, "texts answered at once", unit="examples", low=1)
+    max_new_tokens: int = key(256, "longest generated answer", unit="tokens", low=1)
+    accelerator: str = key("auto", "where to run", choices=("auto", "cpu", "gpu", "cuda", "mps"))
+
+
+@dataclass
+class MergeConfig:
+    """`lorica merge`."""
+
+    run: str = key("???", "run folder or adapter folder")
+    output: str | None = key(None, "folder to write; null: <run>/merged")
+    base: str | None = key(None, "load the base model from here instead of where it was at training time")
+    dtype: str = key(
+        "auto",
+        "type of the merged weights; auto: bfloat16 for 4-bit bases, else that of the base",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+
+
+VERBS: dict[str, type] = {"train": TrainConfig, "predict": PredictConfig, "merge": MergeConfig}
+
+# The dataclass of each registered data module and of each logger. Packages add their data modules by the entry point
+# `lorica.data_config` (see docs/data.md).
+DATA_SCHEMAS: dict[str, type[DataConfig]] = {
+    "classification": ClassificationDataConfig,
+    "ag_news": ClassificationDataConfig,
+    "sentiment": ClassificationDataConfig,
+    "instruction": InstructionDataConfig,
+    "healthcare_qa": InstructionDataConfig,
+    "chat": ChatDataConfig,
+}
+LOGGER_SCHEMAS: dict[str, type[LoggerConfig]] = {"csv": LoggerConfig, "none": LoggerConfig, "wandb": WandbLoggerConfig}
+
+
+def fill_recommended(config: TrainConfig) -> None:
+    """Put the model's own optimiser, learning rate and batch size where the user left them null."""
+    own, opt, trainer = config.model.recommended, config.optimizer, config.trainer
+    opt.name = own.optimizer if opt.name is None else opt.name
+    opt.lr = own.lr if opt.lr is None else opt.lr
+    opt.warmup_ratio = own.warmup_ratio if opt.warmup_ratio is None else opt.warmup_ratio
+    if trainer.batch_size is None and trainer.tokens_per_batch is None:
+        trainer.batch_size, trainer.tokens_per_batch = own.batch_size, own.tokens_per_batch
+    if trainer.gradient_checkpointing is None:
+        trainer.gradient_checkpointing = own.gradient_checkpointing

@@ -1,0 +1,180 @@
+"""The batch plan: which rows are in which micro-batch of which step on which rank, as a pure function of (seed, epoch, step, rank).
+
+Training is one sequence of micro-steps k = 0, 1, ... over all epochs; a window of `accumulate` micro-steps is one optimiser step.
+Every rank has the same number of micro-steps. No window is partial: the rows left at the end of an epoch are spread over a whole
+window, if need be with empty micro-batches, so that the loss of a window is always (sum over its supervised tokens) / (their
+number over all micro-batches and ranks), exactly the loss of one large batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+GROUPING_POOL = 16  # windows whose rows are sorted together when rows are grouped by length
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The rows of one micro-step on one rank. `rows` may be empty.
+
+    `window_supervised`: supervised tokens (or labelled texts) of the whole window on all ranks; the loss is divided by it.
+    """
+
+    rows: tuple[int, ...]
+    window_supervised: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    windows: tuple[tuple[tuple[int, ...], ...], ...]  # window -> accumulate x world micro-batches, rank fastest
+    supervised: tuple[int, ...]  # per window
+
+
+class BatchPlan:
+    """The plan of a training run.
+
+    Args:
+        lengths: tokens of each row. supervised: supervised tokens of each row (1 for a labelled text).
+        batch_size, tokens_per_batch: the micro-batch, by rows or by tokens; exactly one is given.
+        padded: whether micro-batches are padded to their longest row, so that tokens are counted with padding.
+        group_by_length: rows of like length share a micro-batch; their order stays random.
+        max_epochs, max_steps: -1 for no limit; one of them must be set.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        supervised: Sequence[int],
+        *,
+        seed: int,
+        batch_size: int | None = None,
+        tokens_per_batch: int | None = None,
+        accumulate: int = 1,
+        world_size: int = 1,
+        padded: bool = True,
+        group_by_length: bool = True,
+        max_epochs: int = 1,
+        max_steps: int = -1,
+    ) -> None:
+        assert (batch_size is None) != (tokens_per_batch is None) and (max_epochs > 0 or max_steps > 0) and len(lengths) > 0
+        self.lengths, self.supervised = np.asarray(lengths, np.int64), np.asarray(supervised, np.int64)
+        self.seed, self.batch_size, self.tokens_per_batch = seed, batch_size, tokens_per_batch
+        self.accumulate, self.world_size, self.padded, self.group_by_length = accumulate, world_size, padded, group_by_length
+        self._epoch = lru_cache(maxsize=2)(self._build_epoch)
+        self.epoch_ends: list[int] = []  # optimiser steps after which each epoch is complete
+        while (max_epochs < 0 or len(self.epoch_ends) < max_epochs) and (
+            max_steps < 0 or not self.epoch_ends or self.epoch_ends[-1] < max_steps
+        ):
+            done = self.epoch_ends[-1] if self.epoch_ends else 0
+            self.epoch_ends.append(done + len(self._epoch(len(self.epoch_ends)).windows))
+        self.steps = self.epoch_ends[-1] if max_steps < 0 else min(max_steps, self.epoch_ends[-1])
+
+    def __len__(self) -> int:
+        """Micro-steps of the whole run, on each rank."""
+        return self.steps * self.accumulate
+
+    def micro_batch(self, k: int, rank: int = 0) -> MicroBatch:
+        """Micro-step k of a rank."""
+        assert 0 <= k < len(self) and 0 <= rank < self.world_size
+        step, within = divmod(k, self.accumulate)
+        epoch = int(np.searchsorted(self.epoch_ends, step, side="right"))
+        window = step - (self.epoch_ends[epoch - 1] if epoch else 0)
+        plan = self._epoch(epoch)
+        return MicroBatch(plan.windows[window][within * self.world_size + rank], plan.supervised[window], epoch)
+
+    def epoch_at(self, step: int) -> float:
+        """How many epochs are complete after `step` optimiser steps, with the fraction of the one under way."""
+        epoch = int(np.searchsorted(self.epoch_ends, step, side="right"))
+        start = self.epoch_ends[epoch - 1] if epoch else 0
+        end = self.epoch_ends[epoch] if epoch < len(self.epoch_ends) else start + 1
+        return epoch + (step - start) / (end - start)
+
+    def validation_steps(self, interval: float | int) -> list[int]:
+        """Optimiser steps after which to validate: every `interval` micro-batches (int, rounded up to steps) or share of an epoch
+        (float), and always after the last."""
+        if isinstance(interval, int):
+            every = -(-interval // self.accumulate)
+            points = set(range(every, self.steps + 1, every))
+        else:
+            points, start = set(), 0
+            for end in self.epoch_ends:
+                parts = max(1, round(1 / interval))
+                points |= {start + max(1, round((end - start) * i / parts)) for i in range(1, parts + 1)}
+                start = end
+        return sorted({p for p in points if p <= self.steps} | {self.steps})
+
+    # -------------------------------------------------------------------------------------------------------- one epoch
+
+    def _build_epoch(self, epoch: int) -> _Epoch:
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
+        per_window = self.accumulate * self.world_size
+        batches = self._cut(self._row_order(rng, per_window))
+        if self.group_by_length:
+            batches = [batches[i] for i in rng.permutation(len(batches))]
+        windows = [batches[i : i + per_window] for i in range(0, len(batches), per_window)]
+        if len(windows[-1]) < per_window:
+            windows[-1] = self._spread([row for batch in windows[-1] for row in batch], per_window)
+        balanced = tuple(tuple(tuple(b) for b in self._balance(window)) for window in windows)
+        return _Epoch(balanced, tuple(int(sum(self.supervised[list(b)].sum() for b in w if b)) for w in balanced))
+
+    def _row_order(self, rng: np.random.Generator, per_window: int) -> list[int]:
+        order = rng.permutation(len(self.lengths))
+        if not self.group_by_length:
+            return [int(i) for i in order]
+        size = self.batch_size or max(1, self.tokens_per_batch // max(1, int(self.lengths.mean())))  # type: ignore[operator]
+        pool = size * per_window * GROUPING_POOL
+        chunks = (order[i : i + pool] for i in range(0, len(order), pool))
+        return [int(i) for chunk in chunks for i in chunk[np.argsort(-self.lengths[chunk], kind="stable")]]
+
+    def _cut(self, order: list[int]) -> list[list[int]]:
+        """Rows in order into micro-batches within the size."""
+        return cut_batches(self.lengths, order, self.batch_size, self.tokens_per_batch, self.padded)
+
+    def _spread(self, rows: list[int], parts: int) -> list[list[int]]:
+        """The last rows of an epoch over a whole window: longest first, always to the part with the fewest tokens."""
+        piles: list[list[int]] = [[] for _ in range(parts)]
+        load = [0] * parts
+        for row in sorted(rows, key=lambda r: -int(self.lengths[r])):
+            i = min(range(parts), key=lambda p: (load[p], p))
+            piles[i].append(row)
+            load[i] += int(self.lengths[row])
+        return piles
+
+    def _balance(self, window: list[list[int]]) -> list[list[int]]:
+        """Deal a window's micro-batches so that the ranks of each micro-step have like amounts of work."""
+        if self.world_size == 1:
+            return window
+        return sorted(window, key=lambda b: -int(self.lengths[b].sum()) if b else 0)
+
+
+def cut_batches(lengths: np.ndarray, order: Sequence[int], batch_size: int | None, tokens: int | None, padded: bool) -> list[list[int]]:
+    """Rows in order into batches of `batch_size` rows or at most `tokens` tokens (counted with padding where `padded`).
+
+    A row longer than the budget gets a batch of its own.
+    """
+    if batch_size is not None:
+        return [list(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
+    assert tokens is not None
+    batches: list[list[int]] = []
+    total = longest = 0
+    for row in order:
+        n = int(lengths[row])
+        cost = max(longest, n) * (len(batches[-1]) + 1) if padded and batches else total + n
+        if not batches or cost > tokens:
+            batches.append([])
+            total = longest = 0
+        batches[-1].append(row)
+        total, longest = total + n, max(longest, n)
+    return batches
+
+
+def evaluation_batches(lengths: Sequence[int], tokens: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """Every row once, longest first, in padded batches of at most `tokens` tokens; each rank takes every world_size-th batch."""
+    sizes = np.asarray(lengths, np.int64)
+    order = [int(i) for i in np.argsort(-sizes, kind="stable")]
+    return cut_batches(sizes, order, None, tokens, padded=True)[rank::world_size] if order else []

@@ -1,0 +1,95 @@
+"""Encoded rows to tensors: end to end with their boundaries where attention can take that, else padded.
+
+Causal batches name the places to predict by index, so that the head is computed there and nowhere else, and the device never has
+to be asked how many there are. Flat, two rows of 3 and 2 tokens:
+
+    input_ids     [1, 5]   a b c d e
+    position_ids  [1, 5]   0 1 2 0 1
+    cu_seqlens    [3]      0 3 5        (int32)
+    predict_at    [S]      positions in the flattened [B*T] whose next token is learnt
+    targets       [S]      those tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lorica.data.encoding import IGNORE, Candidates, Encoded
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), both int64 [B, T]: rows padded to the longest on one side; mask is 1 at real tokens."""
+    longest = max(len(r) for r in rows)
+    ids = torch.full((len(rows), longest), value, dtype=torch.long)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(longest - len(row), longest) if left else slice(0, len(row))
+        ids[i, place] = torch.as_tensor(row, dtype=torch.long)
+        mask[i, place] = 1
+    return ids, mask
+
+
+def flat(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Rows end to end: input_ids and position_ids int64 [1, T], cu_seqlens int32 [B + 1], max_seqlen int."""
+    lengths = torch.tensor([len(r) for r in rows])
+    ends = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).to(torch.int32)])
+    return {
+        "input_ids": torch.tensor([[t for r in rows for t in r]], dtype=torch.long),
+        "position_ids": torch.cat([torch.arange(int(n)) for n in lengths])[None],
+        "cu_seqlens": ends,
+        "max_seqlen": int(lengths.max()),
+    }
+
+
+def inputs(rows: Sequence[Sequence[int]], pad_id: int, padded: bool) -> tuple[dict[str, Any], list[int]]:
+    """(model inputs, where each row begins in the flattened [B*T])."""
+    if not padded:
+        batch = flat(rows)
+        return batch, batch["cu_seqlens"][:-1].tolist()
+    ids, mask = pad(rows, pad_id)
+    return {"input_ids": ids, "attention_mask": mask}, [i * ids.shape[1] for i in range(len(rows))]
+
+
+def collate_causal(rows: Sequence[Encoded], pad_id: int, padded: bool) -> dict[str, Any]:
+    """A causal micro-batch; see the module's drawing."""
+    batch, starts = inputs([r.ids for r in rows], pad_id, padded)
+    places, targets = [], []
+    for row, start in zip(rows, starts, strict=True):
+        for t in range(1, len(row.ids)):
+            if row.labels[t] != IGNORE:
+                places.append(start + t - 1)
+                targets.append(row.labels[t])
+    batch["predict_at"] = torch.tensor(places, dtype=torch.long)
+    batch["targets"] = torch.tensor(targets, dtype=torch.long)
+    return batch
+
+
+def collate_classifier(rows: Sequence[Encoded], pad_id: int, left: bool = False) -> dict[str, Any]:
+    """input_ids and attention_mask int64 [B, T], labels int64 [B]."""
+    ids, mask = pad([r.ids for r in rows], pad_id, left)
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([r.label for r in rows])}
+
+
+def collate_candidates(rows: Sequence[Candidates], pad_id: int, padded: bool) -> dict[str, Any]:
+    """Labelled texts to score by a causal model.
+
+    predict_at, targets int64 [P]: places and tokens to read. slot int64 [P]: example * labels + label that each is added to.
+    labels, true_label_tokens int64 [B]: the true label and its number of tokens. classes: how many labels there are.
+    """
+    batch, starts = inputs([s for r in rows for s in r.sequences], pad_id, padded)
+    k = len(rows[0].picks)
+    places, targets, slots, first = [], [], [], 0
+    for i, row in enumerate(rows):
+        for label, picks in enumerate(row.picks):
+            for sequence, position, token in picks:
+                places.append(starts[first + sequence] + position)
+                targets.append(token)
+                slots.append(i * k + label)
+        first += len(row.sequences)
+    batch |= {"predict_at": torch.tensor(places), "targets": torch.tensor(targets), "slot": torch.tensor(slots)}
+    batch["labels"], batch["classes"] = torch.tensor([r.label for r in rows]), k
+    batch["true_label_tokens"] = torch.tensor([len(r.picks[r.label]) if r.label >= 0 else 0 for r in rows])
+    return batch

@@ -1,0 +1,303 @@
+"""Examples to token ids: what a model reads and which of its tokens are learnt.
+
+A causal model learns completions only; `labels` is IGNORE elsewhere:
+
+    tokens   <s> Is this text ...? Sentiment:  positive </s>
+    labels    -  -  -    -          -          positive </s>
+
+Too long an example keeps its eos and at least half of the length for its answer; what was cut is counted in `Truncation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorica.config import ConfigError
+from lorica.data.examples import Example, Message
+
+IGNORE = -100  # torch.nn.functional.cross_entropy's ignore_index
+CHUNK = 1000  # examples tokenised by one call
+
+
+@dataclass(slots=True)
+class Encoded:
+    """One training row. ids: what the model reads. labels: the token to predict at each place, or IGNORE (causal models).
+    label: the class (classifiers), else -1."""
+
+    ids: list[int]
+    labels: list[int] = field(default_factory=list)
+    label: int = -1
+
+    @property
+    def supervised(self) -> int:
+        """Tokens learnt; 1 for a labelled text. The first token is never predicted."""
+        return sum(x != IGNORE for x in self.labels[1:]) if self.labels else 1
+
+
+@dataclass(slots=True)
+class Candidates:
+    """One labelled text for a causal model to score: log p(label k) is the sum of the log-probabilities of `picks[k]`.
+
+    sequences: the fewest token sequences that between them contain every label but its last token: one, when labels differ in
+        their first token and are one token long.
+    picks: for each label, (sequence, position, token): the token's log-probability is read at that position's output.
+    """
+
+    sequences: list[list[int]]
+    picks: list[list[tuple[int, int, int]]]
+    label: int
+
+
+@dataclass
+class Truncation:
+    """What was cut to fit `max_length`, in rows."""
+
+    prompts: int = 0
+    completions: int = 0
+    turns: int = 0
+    texts: int = 0
+    tokens_cut: int = 0
+    rows: int = 0
+
+    def __str__(self) -> str:
+        parts = [
+            f"{n:,} {what}"
+            for n, what in ((self.texts, "texts"), (self.prompts, "prompts"), (self.completions, "answers"), (self.turns, "conversations"))
+            if n
+        ]
+        return f"{', '.join(parts)} shortened ({self.tokens_cut:,} tokens)" if parts else "nothing shortened"
+
+
+class ClassifierEncoder:
+    """Texts for a sequence classifier."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    def encode(self, examples: Sequence[Example], truncation: Truncation) -> list[Encoded]:
+        """Token ids with the tokenizer's own special tokens, cut at the end of the text to max_length."""
+        rows: list[Encoded] = []
+        for chunk in _chunks(examples):
+            batch = self.tokenizer([e.text for e in chunk], truncation=True, max_length=self.max_length, return_attention_mask=False)
+            for i, example in enumerate(chunk):
+                overflow = batch.encodings[i].overflowing
+                if overflow:
+                    truncation.texts += 1
+                    truncation.tokens_cut += sum(len(o.ids) - sum(o.special_tokens_mask) for o in overflow)
+                rows.append(Encoded(batch["input_ids"][i], label=-1 if example.label is None else example.label))
+        truncation.rows += len(rows)
+        return rows
+
+
+def _chunks(examples: Sequence[Example]) -> list[Sequence[Example]]:
+    return [examples[i : i + CHUNK] for i in range(0, len(examples), CHUNK)]
+
+
+@dataclass(slots=True)
+class _Rendered:
+    """Text with the stretches that are learnt, in characters."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+class CausalEncoder:
+    """Prompts, answers and conversations for a causal model.
+
+    Args:
+        use_chat_template: write turns with the tokenizer's own template where it has one.
+        label_names: how a labelled set's classes are spelt in the answer.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int, use_chat_template: bool = True, label_names: Sequence[str] = ()) -> None:
+        self.tokenizer, self.max_length, self.label_names = tokenizer, max_length, list(label_names)
+        self.chat = bool(use_chat_template and getattr(tokenizer, "chat_template", None))
+        if tokenizer.eos_token_id is None:
+            raise ConfigError("model.base", tokenizer.name_or_path, "its tokenizer has no end-of-sequence token")
+
+    # ------------------------------------------------------------------------------------------------------ rendering
+
+    def turns(self, example: Example) -> list[Message]:
+        """An example as a conversation that ends with the assistant."""
+        if example.messages:
+            return list(example.messages)
+        answer = example.completion if example.label is None else self.label_names[example.label]
+        return [Message("user", example.prompt), Message("assistant", answer)]
+
+    def _template(self, turns: Sequence[Message], generate: bool) -> str:
+        messages = [{"role": m.role, "content": m.content} for m in turns]
+        try:
+            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        except Exception as e:  # jinja2's TemplateError: the template itself refuses the roles
+            raise ConfigError(
+                "model.use_chat_template", True, f"the tokenizer's template refuses this conversation: {e}", "model.use_chat_template=false"
+            ) from None
+        return text
+
+    def _render(self, turns: Sequence[Message]) -> _Rendered:
+        """The whole conversation, with what the assistant says (its end mark included) as spans."""
+        if not self.chat:
+            return self._render_plain(turns)
+        text, spans = self._template(turns, generate=False), []
+        for i, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            before = self._template(turns[:i], generate=True)
+            upto = self._template(turns[: i + 1], generate=False)
+            if not text.startswith(before):
+                before = self._template(turns[:i], generate=False)
+            if not (text.startswith(before) and text.startswith(upto)):
+                raise ConfigError(
+                    "model.use_chat_template",
+                    True,
+                    "the tokenizer's template rewrites earlier turns, so that answers can't be told apart",
+                    "model.use_chat_template=false",
+                )
+            spans.append((len(before), len(upto)))
+        return _Rendered(text, spans)
+
+    def _render_plain(self, turns: Sequence[Message]) -> _Rendered:
+        if len(turns) == 2 and turns[0].role == "user":
+            prompt = turns[0].content
+            gap = "" if prompt[-1:].isspace() or not prompt else " "
+            return _Rendered(prompt + gap + turns[1].content, [(len(prompt), len(prompt) + len(gap) + len(turns[1].content))])
+        text, spans = "", []
+        names = {"system": "System", "user": "User", "assistant": "Assistant"}
+        eos = self.tokenizer.eos_token
+        for turn in turns:
+            text += f"{names[turn.role]}:"
+            end = eos if turn.role == "assistant" else "\n"
+            if turn.role == "assistant":
+                spans.append((len(text), len(text) + 1 + len(turn.content) + len(eos)))
+            text += f" {turn.content}{end}" + ("\n" if turn.role == "assistant" else "")
+        return _Rendered(text.rstrip("\n"), spans)
+
+    # ------------------------------------------------------------------------------------------------------- encoding
+
+    def _tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+        batch = self.tokenizer(list(texts), add_special_tokens=not self.chat, return_offsets_mapping=True, return_attention_mask=False)
+        ids, offsets = batch["input_ids"], batch["offset_mapping"]
+        eos = self.tokenizer.eos_token_id
+        for i, row in enumerate(ids):  # some tokenizers end every text with eos; ours is added where an answer ends
+            if not self.chat and row and row[-1] == eos and offsets[i][-1][0] == offsets[i][-1][1]:
+                ids[i], offsets[i] = row[:-1], offsets[i][:-1]
+        return ids, offsets
+
+    def encode(self, examples: Sequence[Example], truncation: Truncation) -> list[Encoded]:
+        """Training rows; every one ends with eos, and its eos is learnt."""
+        rows: list[Encoded] = []
+        for chunk in _chunks(examples):
+            rendered = [self._render(self.turns(e)) for e in chunk]
+            ids, offsets = self._tokenize([r.text for r in rendered])
+            rows += [self._row(*parts, truncation) for parts in zip(rendered, ids, offsets, strict=True)]
+        truncation.rows += len(rows)
+        return rows
+
+    def _row(self, rendered: _Rendered, ids: list[int], offsets: list[tuple[int, int]], truncation: Truncation) -> Encoded:
+        labels = [IGNORE] * len(ids)
+        answers: list[tuple[int, int]] = []  # token ranges of the assistant's turns
+        for start, end in rendered.spans:
+            inside = [t for t, (a, b) in enumerate(offsets) if a >= start - _lead(rendered.text, a, b, start) and b <= end and b > a]
+            if inside:
+                answers.append((inside[0], inside[-1] + 1))
+                labels[inside[0] : inside[-1] + 1] = ids[inside[0] : inside[-1] + 1]
+        eos = self.tokenizer.eos_token_id
+        if answers:
+            last = answers[-1][1]
+            ids, labels = ids[:last], labels[:last]  # nothing after the last answer can be learnt from
+            if ids[-1] != eos:
+                ids, labels = [*ids, eos], [*labels, eos]
+                answers[-1] = (answers[-1][0], last + 1)
+        if len(ids) > self.max_length:
+            ids, labels = self._shorten(ids, labels, answers, truncation)
+        return Encoded(ids, labels)
+
+    def _shorten(
+        self, ids: list[int], labels: list[int], answers: list[tuple[int, int]], truncation: Truncation
+    ) -> tuple[list[int], list[int]]:
+        """Whole turns first; else the middle of the prompt and the end of the answer, which keeps half of the length and its eos."""
+        limit, eos = self.max_length, self.tokenizer.eos_token_id
+        truncation.tokens_cut += len(ids) - limit
+        fitting = [end for _, end in answers if end <= limit]
+        if fitting:
+            truncation.turns += 1
+            end = fitting[-1]
+            return ids[:end], labels[:end]
+        start, end = answers[0] if answers else (len(ids), len(ids))
+        answer, prompt = end - start, start
+        keep_answer = min(answer, max(limit - prompt, limit // 2))
+        keep_prompt = limit - keep_answer
+        truncation.prompts += keep_prompt < prompt
+        truncation.completions += keep_answer < answer
+        head, tail = keep_prompt - keep_prompt // 2, keep_prompt // 2
+        kept = [*range(head), *range(prompt - tail, prompt)] if keep_prompt < prompt else list(range(prompt))
+        kept += range(start, start + keep_answer)
+        ids, labels = [ids[i] for i in kept], [labels[i] for i in kept]
+        if keep_answer:
+            ids[-1] = labels[-1] = eos
+        return ids, labels
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        """What the model reads before it writes: everything up to its last turn, the middle cut out where it is too long."""
+        turns = self.turns(example)[:-1]
+        if self.chat:
+            text = self._template(turns, generate=True)
+        elif len(turns) == 1:
+            text = turns[0].content
+        else:
+            text = self._render_plain([*turns, Message("assistant", "")]).text.removesuffix(f" {self.tokenizer.eos_token}")
+        ids = self._tokenize([text])[0][0]
+        return self._middle_cut(ids, self.max_length)
+
+    @staticmethod
+    def _middle_cut(ids: list[int], limit: int) -> list[int]:
+        return ids if len(ids) <= limit else ids[: limit - limit // 2] + ids[len(ids) - limit // 2 :]
+
+    def candidates(self, examples: Sequence[Example]) -> list[Candidates]:
+        """Every label of a labelled set as the answer to each example."""
+        scored: list[Candidates] = []
+        k = len(self.label_names)
+        for chunk in _chunks(examples):
+            rendered = [self._render([Message("user", e.prompt), Message("assistant", name)]) for e in chunk for name in self.label_names]
+            ids, offsets = self._tokenize([r.text for r in rendered])
+            for i, example in enumerate(chunk):
+                group = [self._candidate(rendered[j], ids[j], offsets[j], self.label_names[j % k]) for j in range(i * k, i * k + k)]
+                scored.append(_fewest_sequences(group, -1 if example.label is None else example.label, self.tokenizer.eos_token_id))
+        return scored
+
+    def _candidate(self, rendered: _Rendered, ids: list[int], offsets: list[tuple[int, int]], name: str) -> tuple[list[int], int]:
+        """(prompt + label tokens, where the label begins)."""
+        start = rendered.spans[-1][0]
+        at = rendered.text.index(name, start)
+        inside = [
+            t
+            for t, (a, b) in enumerate(offsets)
+            if a >= start - _lead(rendered.text, a, b, start) and b > a and a < at + len(name) and b > start
+        ]
+        first, last = inside[0], inside[-1] + 1
+        prompt = self._middle_cut(ids[:first], self.max_length - (last - first))
+        return prompt + ids[first:last], len(prompt)
+
+
+def _lead(text: str, a: int, b: int, start: int) -> int:
+    """How far before `start` a token may begin and still count as the answer's: the white space that it swallowed."""
+    return start - a if a < start < b and text[a:start].isspace() else 0
+
+
+def _fewest_sequences(group: list[tuple[list[int], int]], label: int, eos: int) -> Candidates:
+    """Merge the labels' sequences: those that are the beginning of another share its forward pass."""
+    names = [tuple(ids[start:]) for ids, start in group]
+    if any(a != b and b[: len(a)] == a for a in names for b in names):  # one label begins another: their ends must be told apart
+        group = [([*ids, eos], start) for ids, start in group]
+    inputs = sorted({tuple(ids[:-1]) for ids, _ in group}, key=len, reverse=True)
+    kept: list[tuple[int, ...]] = []
+    for one in inputs:
+        if not any(longer[: len(one)] == one for longer in kept):
+            kept.append(one)
+    picks = []
+    for ids, start in group:
+        home = next(i for i, longer in enumerate(kept) if longer[: len(ids) - 1] == tuple(ids[:-1]))
+        picks.append([(home, t - 1, ids[t]) for t in range(start, len(ids))])
+    return Candidates([list(s) for s in kept], picks, label)

@@ -1,0 +1,13 @@
+"""Patients' questions with physicians' answers: instruction, input, output."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from lorica.data.instruction import InstructionData
+
+
+class HealthcareQAData(InstructionData):
+    """`data=healthcare_qa`. The answers are data to learn from, not medical advice."""
+
+    sample_name: ClassVar[str] = "healthcare_qa"

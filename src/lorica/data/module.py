@@ -1,0 +1,277 @@
+"""What every data module does: read, refuse or skip bad rows, split, encode, and hand out the plan's micro-batches."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lorica.config import ConfigError, DataConfig
+from lorica.data.batching import BatchPlan, evaluation_batches
+from lorica.data.collate import collate_candidates, collate_causal, collate_classifier
+from lorica.data.encoding import CausalEncoder, ClassifierEncoder, Encoded, Truncation
+from lorica.data.examples import SPLITS, Example, Splits, split_examples
+from lorica.data.readers import SAMPLES, Row, check_columns, read_hub, read_rows, split_files
+
+SHOWN_FAULTS = 3
+
+
+class BadRow(ValueError):
+    """A row that can't become an example; the message says why."""
+
+
+@dataclass
+class Batching:
+    """How rows become batches: the plan's settings, and what the model's attention can take."""
+
+    pad_id: int
+    padded: bool = True
+    left_padded: bool = False
+    eval_tokens: int = 8192
+    world_size: int = 1
+    rank: int = 0
+    plan: dict[str, Any] = field(default_factory=dict)
+
+
+class LoricaDataModule(LightningDataModule):
+    """Reads one data set. Subclasses say what its columns mean (`columns`, `to_example`) and nothing about models.
+
+    Used in three calls: `load()` reads and splits; `encode(encoder)` tokenises; `connect(batching)` plans the batches.
+    """
+
+    generative: ClassVar[bool] = False  # test rows are answered by generation
+    sample_name: ClassVar[str] = ""  # folder of the packaged sample
+
+    def __init__(self, config: DataConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config, self.seed = config, seed
+        self.labels: list[str] | None = None
+        self.revision: str | None = config.revision
+        self.faults: list[tuple[str, str]] = []  # (origin, why) of rows that were skipped
+        self.truncation = Truncation()
+        self.resume_at = 0  # the micro-step that training starts from
+        self._splits: Splits | None = None
+
+    # --------------------------------------------------------------------------------------------------------- reading
+
+    @abstractmethod
+    def columns(self) -> dict[str, str]:
+        """Configuration key -> column that must exist."""
+
+    @abstractmethod
+    def to_example(self, row: Row) -> Example:
+        """One row as an Example.
+
+        Raises:
+            BadRow: null, empty or unknown values.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """What must be known to ask a trained model the same way: kept beside its weights (see `lorica.data.asking`)."""
+        return {"kind": None}
+
+    def prepare_rows(self, rows: dict[str, list[Row]]) -> None:
+        """Look over all rows before they are converted (labels are found here)."""
+
+    @property
+    def splits(self) -> Splits:
+        """The examples; `load()` reads them."""
+        self.load()
+        assert self._splits is not None
+        return self._splits
+
+    def load(self) -> None:
+        """Read and split, once.
+
+        Raises:
+            ConfigError: files, columns or rows that can't be used.
+        """
+        if self._splits is not None:
+            return
+        rows = self._read()
+        for split, of_split in rows.items():
+            check_columns(of_split, self.columns(), f"the {split} file" if self.config.source == "files" else f"the {split} split")
+        self.prepare_rows(rows)
+        examples = {split: list(self._convert(of_split)) for split, of_split in rows.items()}
+        if self.faults and self.config.on_bad_rows == "refuse":
+            self._refuse_faults(sum(map(len, rows.values())))
+        self._splits = split_examples(examples, self.config, self.seed)
+
+    def _read(self) -> dict[str, list[Row]]:
+        config = self.config
+        if config.source == "hub":
+            rows, self.revision = read_hub(config)
+            return rows
+        if config.source == "sample":
+            folder = SAMPLES / self.sample_name
+            if not self.sample_name:
+                raise ConfigError(
+                    "data.source", "sample", f"data={config.name} has no packaged sample", "data.source=files data.path=my.csv"
+                )
+        else:
+            assert config.path is not None
+            folder = Path(config.path).expanduser()
+        return {split: list(read_rows(file, config.csv_columns)) for split, file in split_files(folder, config.name).items()}
+
+    def _convert(self, rows: Sequence[Row]) -> Iterator[Example]:
+        for row in rows:
+            fault = row.fault
+            if not fault:
+                try:
+                    yield self.to_example(row)
+                    continue
+                except BadRow as e:
+                    fault = str(e)
+            self.faults.append((row.origin, fault))
+
+    def _refuse_faults(self, total: int) -> None:
+        shown = "; ".join(f"{origin} {why}" for origin, why in self.faults[:SHOWN_FAULTS])
+        more = f"; and {len(self.faults) - SHOWN_FAULTS:,} more" if len(self.faults) > SHOWN_FAULTS else ""
+        raise ConfigError(
+            "data.on_bad_rows",
+            "refuse",
+            f"{len(self.faults):,} of {total:,} rows can't be used: {shown}{more}",
+            "mend them, or data.on_bad_rows=skip",
+        )
+
+    def fault_counts(self) -> dict[str, int]:
+        """Skipped rows by reason."""
+        return dict(Counter(why for _, why in self.faults))
+
+    # -------------------------------------------------------------------------------------------------------- encoding
+
+    def encode(self, encoder: ClassifierEncoder | CausalEncoder) -> None:
+        """Tokenise every split for one model.
+
+        A causal model is trained on answers and, for a labelled set, evaluated on `Candidates`.
+        """
+        splits = self.splits
+        self.encoder = encoder
+        self.train_rows: list[Encoded] = encoder.encode(splits.train, self.truncation)
+        scored = isinstance(encoder, CausalEncoder) and self.labels is not None
+        spare = Truncation()
+        self.eval_rows: dict[str, list[Any]] = {
+            split: encoder.candidates(splits[split]) if scored else encoder.encode(splits[split], spare)  # type: ignore[union-attr]
+            for split in SPLITS[1:]
+        }
+        self.scored = scored
+        empty = sum(r.supervised == 0 for r in self.train_rows)
+        if empty:
+            raise ConfigError(
+                "model.max_length",
+                encoder.max_length,
+                f"leaves {empty:,} of {len(self.train_rows):,} training rows with nothing to learn",
+                "a larger model.max_length",
+            )
+
+    def connect(self, batching: Batching) -> None:
+        """Plan the training batches."""
+        self.batching = batching
+        self.plan = BatchPlan(
+            [len(r.ids) for r in self.train_rows],
+            [r.supervised for r in self.train_rows],
+            seed=self.seed,
+            padded=batching.padded,
+            world_size=batching.world_size,
+            **batching.plan,
+        )
+
+    # --------------------------------------------------------------------------------------------------------- loading
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Micro-steps `resume_at` to the end of the plan, of this rank."""
+        dataset = _Planned(self.plan, self.batching.rank, self._collate_train)
+        return DataLoader(
+            dataset, batch_size=None, sampler=_From(self), num_workers=self.config.num_workers, pin_memory=torch.cuda.is_available()
+        )
+
+    def _collate_train(self, rows: Sequence[int], window_supervised: int, epoch: int) -> dict[str, Any]:
+        b = self.batching
+        chosen = [self.train_rows[r] for r in rows]
+        ghost = not chosen  # this rank has no rows in this micro-step: it runs row 0 with weight 0, so that ranks stay in step
+        batch = self._collate(chosen or [self.train_rows[0]])
+        batch["weight"] = 0.0 if ghost else b.world_size * b.plan.get("accumulate", 1) / window_supervised
+        batch["count"] = {
+            "examples": len(chosen),
+            "tokens": sum(len(r.ids) for r in chosen),
+            "supervised": sum(r.supervised for r in chosen),
+            "epoch": epoch,
+        }
+        return batch
+
+    def _collate(self, rows: Sequence[Encoded]) -> dict[str, Any]:
+        b = self.batching
+        return (
+            collate_causal(rows, b.pad_id, b.padded)
+            if isinstance(self.encoder, CausalEncoder)
+            else collate_classifier(rows, b.pad_id, b.left_padded)
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Validation rows, longest first."""
+        return self._eval_loader("validation")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Test rows, longest first; `index` names the rows of a batch."""
+        return self._eval_loader("test")
+
+    def _eval_loader(self, split: str) -> DataLoader[Any]:
+        b = self.batching
+        rows = self.eval_rows[split]
+        lengths = [sum(map(len, r.sequences)) if self.scored else len(r.ids) for r in rows]
+        batches = evaluation_batches(lengths, b.eval_tokens, b.rank, b.world_size)
+
+        def make(indices: list[int]) -> dict[str, Any]:
+            chosen = [rows[i] for i in indices]
+            batch = collate_candidates(chosen, b.pad_id, b.padded) if self.scored else self._collate(chosen)
+            batch["index"] = indices
+            return batch
+
+        return DataLoader(_Batches(batches, make), batch_size=None, num_workers=0)
+
+
+class _Planned(Dataset[dict[str, Any]]):
+    """Micro-step k as a batch."""
+
+    def __init__(self, plan: BatchPlan, rank: int, collate: Callable[[Sequence[int], int, int], dict[str, Any]]) -> None:
+        self.plan, self.rank, self.collate = plan, rank, collate
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, k: int) -> dict[str, Any]:
+        micro = self.plan.micro_batch(k, self.rank)
+        return self.collate(micro.rows, micro.window_supervised, micro.epoch)
+
+
+class _From(Sampler[int]):
+    """k = resume_at, resume_at + 1, ... The length is that of the whole plan, which is what Lightning counts by."""
+
+    def __init__(self, module: LoricaDataModule) -> None:
+        self.module = module
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.module.resume_at, len(self.module.plan)))
+
+    def __len__(self) -> int:
+        return len(self.module.plan)
+
+
+class _Batches(Dataset[dict[str, Any]]):
+    """Evaluation batches by number."""
+
+    def __init__(self, batches: list[list[int]], make: Callable[[list[int]], dict[str, Any]]) -> None:
+        self.batches, self.make = batches, make
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.make(self.batches[i])

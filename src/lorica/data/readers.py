@@ -1,0 +1,225 @@
+"""Rows of csv, jsonl, json and parquet files, and of the hub. Every row knows its file and line; damage is a row's, not the file's."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorica.checks import DATA_ENDINGS, nearest
+from lorica.config import ConfigError, DataConfig
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+SAMPLES = Path(__file__).parent / "samples"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record as it stands in its source. `fault` says why it can't be used; then `fields` may be empty."""
+
+    origin: str
+    fields: dict[str, Any]
+    fault: str = ""
+
+
+def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[Row]:
+    """The rows of one file by its ending.
+
+    Args:
+        columns: names for a csv file that has no header line.
+    Raises:
+        ConfigError: when the file as a whole can't be read.
+    """
+    reader = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}.get(path.suffix.lower())
+    if reader is None:
+        raise ConfigError("data.path", path, f"must end in {', '.join(DATA_ENDINGS)}")
+    try:
+        yield from reader(path, columns)
+    except OSError as e:
+        raise ConfigError("data.path", path, f"can't be read: {e.strerror or e}") from None
+
+
+def _csv_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        header = columns
+        while True:
+            line = reader.line_num + 1
+            origin = f"{path.name}:{line}"
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as e:
+                yield Row(origin, {}, f"is not csv ({e})")
+                continue
+            if not cells:
+                continue
+            if header is None:
+                header = [c.strip() for c in cells]
+                continue
+            if len(cells) != len(header):
+                yield Row(origin, {}, f"has {len(cells)} columns, not {len(header)}")
+                continue
+            yield Row(origin, dict(zip(header, cells, strict=True)), _undecodable(cells))
+
+
+def _undecodable(texts: Iterable[Any]) -> str:
+    for text in texts:
+        if isinstance(text, str):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                return "has bytes that are not UTF-8"
+    return ""
+
+
+def _jsonl_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if raw.strip():
+                yield _json_row(f"{path.name}:{number}", raw.removeprefix(b"\xef\xbb\xbf"))
+
+
+def _json_row(origin: str, raw: bytes) -> Row:
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        return Row(origin, {}, "has bytes that are not UTF-8")
+    except (ValueError, RecursionError) as e:
+        return Row(origin, {}, f"is not JSON ({e})")
+    return _record(origin, value)
+
+
+def _record(origin: str, value: Any) -> Row:
+    if not isinstance(value, dict):
+        return Row(origin, {}, f"is a JSON {type(value).__name__}, not an object")
+    return Row(origin, value, _undecodable(value.values()))
+
+
+def _json_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
+    """A file that is one JSON list of objects; anything else is read line by line."""
+    try:
+        values = json.loads(path.read_text("utf-8-sig"))
+    except ValueError:
+        values = None
+    if not isinstance(values, list):
+        yield from _jsonl_rows(path, columns)
+        return
+    for number, value in enumerate(values, 1):
+        yield _record(f"{path.name}#{number}", value)
+
+
+def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches(batch_size=4096):
+            for record in batch.to_pylist():
+                number += 1
+                yield _record(f"{path.name}#{number}", record)
+    except pyarrow.ArrowException as e:
+        raise ConfigError("data.path", path, f"is not a parquet file ({str(e).splitlines()[0]})") from None
+
+
+def split_files(path: Path, name: str) -> dict[str, Path]:
+    """Which file of a folder is which split; a file alone is training.
+
+    A folder has train.csv, validation.jsonl ... , or one data file, or one that is named like the data set.
+
+    Raises:
+        ConfigError: when the folder leaves it open.
+    """
+    if path.is_file():
+        return {"train": path}
+    files = sorted(f for f in path.iterdir() if f.suffix.lower() in DATA_ENDINGS and f.is_file())
+    found: dict[str, Path] = {}
+    for split, words in SPLIT_NAMES.items():
+        matches = [f for f in files if f.stem.lower() in words]
+        if len(matches) > 1:
+            raise ConfigError("data.path", path, f"has {' and '.join(m.name for m in matches)}: which is {split}?", "move one of them away")
+        if matches:
+            found[split] = matches[0]
+    if "train" not in found:
+        named = [f for f in files if f.stem == name] or (files if len(files) == 1 else [])
+        if len(named) != 1:
+            listing = ", ".join(f.name for f in files) or "no data file"
+            raise ConfigError(
+                "data.path",
+                path,
+                f"has {listing}; it needs a train.csv (jsonl, parquet), or name one file",
+                f"data.path={files[0] if files else path / 'train.csv'}",
+            )
+        found["train"] = named[0]
+    return found
+
+
+def check_columns(rows: Iterable[Row], needed: dict[str, str], where: str) -> None:
+    """Refuse a source in which no sound row has the columns that the configuration names.
+
+    Args:
+        needed: configuration key -> column name.
+    Raises:
+        ConfigError: with the columns that are there and the nearest one.
+    """
+    first = next((r for r in rows if not r.fault), None)
+    if first is None:
+        return
+    for key, column in needed.items():
+        if column not in first.fields:
+            near = nearest(column, first.fields)
+            raise ConfigError(
+                key,
+                column,
+                f"{where} has no such column; it has {', '.join(map(str, first.fields))}",
+                f"{key}={near or next(iter(first.fields), '...')}",
+            )
+
+
+def read_hub(config: DataConfig) -> tuple[dict[str, list[Row]], str | None]:
+    """Rows of the published data set by split, and the commit they are from (None for a local folder).
+
+    Raises:
+        ConfigError: within seconds when the hub can't be reached, is gated, or lacks the split.
+    """
+    from lorica.hub import hub_errors, resolve_revision
+
+    assert config.hub_id is not None
+    import datasets
+
+    datasets.disable_progress_bars()
+    local = Path(config.hub_id).expanduser().is_dir()
+    revision = config.revision if local else resolve_revision(config.hub_id, config.revision, "dataset", "data.hub_id")
+    rows: dict[str, list[Row]] = {}
+    for split, name in (("train", config.train_split), ("validation", config.validation_split), ("test", config.test_split)):
+        if name is None:
+            continue
+        with hub_errors("data.hub_id", config.hub_id, offline_fix="data.source=files data.path=FOLDER, or data.source=sample"):
+            try:
+                table = datasets.load_dataset(
+                    os.path.expanduser(config.hub_id), config.hub_config, split=name, revision=None if local else revision
+                )
+            except ValueError as e:
+                raise ConfigError(f"data.{split}_split", name, str(e).splitlines()[0], f"data.{split}_split=null") from None
+        names = {c: f.names for c, f in table.features.items() if hasattr(f, "names")}
+        rows[split] = [
+            Row(
+                f"{config.hub_id}/{name}#{i}",
+                {c: names[c][v] if c in names and isinstance(v, int) and 0 <= v < len(names[c]) else v for c, v in record.items()},
+            )
+            for i, record in enumerate(table, 1)
+        ]
+    return rows, revision

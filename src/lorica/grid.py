@@ -1,0 +1,191 @@
+"""`lorica train -m a=1,2 b=x,y`: every combination in a process and a run folder of its own, done once, compared at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorica.config import NotApplicable, WandbLoggerConfig
+from lorica.runs import write_json
+from lorica.screen import Screen
+
+GRIDS = Path("outputs") / "grids"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination. varied: its overrides of the swept keys. fixed: those that all cells share."""
+
+    varied: tuple[str, ...]
+    fixed: tuple[str, ...]
+
+    @property
+    def overrides(self) -> list[str]:
+        """What the cell is called with."""
+        return [*self.varied, *self.fixed]
+
+    @property
+    def name(self) -> str:
+        """Readable and a valid folder name."""
+        text = ",".join(v.replace("model.lora.", "").replace("model=", "").replace("data=", "") for v in self.varied) or "only"
+        slug = re.sub(r"[^\w.,=+-]+", "_", text)
+        return slug if len(slug) <= 100 else f"{slug[:88]}-{_digest(self.varied)}"
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
+def run_grid(overrides: Sequence[str], compose: Callable[[list[str]], Any], config_dir: str | None = None) -> int:
+    """Run the cells that are not done; print a table of all, best first.
+
+    Args:
+        overrides: as typed, sweeps included.
+        compose: checks one cell's overrides and gives its configuration.
+    Returns:
+        0 when every cell is done, else 1.
+    Raises:
+        ConfigError: a cell's configuration can't be used; nothing has run then.
+    """
+    screen = Screen()
+    cells, dropped = plan_cells(overrides, compose)
+    folder = GRIDS / _digest(sorted(overrides))
+    for text in dropped:
+        screen.note(text)
+    screen.print(f"grid {folder}: {len(cells)} runs")
+    records = []
+    for number, cell in enumerate(cells, 1):
+        run_dir = folder / cell.name
+        if (run_dir / "metrics.json").is_file():
+            screen.print(f"[{number}/{len(cells)}] {cell.name}: done before")
+        else:
+            screen.print(f"[{number}/{len(cells)}] {cell.name}")
+            code = _run_cell(cell, run_dir, folder.name, compose, config_dir)
+            if code == 130:
+                screen.print("interrupted; the same command goes on with the runs that are not done")
+                return 130
+        records.append(_record(cell, run_dir))
+    write_json(folder / "grid.json", {"overrides": list(overrides), "cells": records})
+    _table(screen, records)
+    failed = [r for r in records if r["failed"]]
+    if failed:
+        screen.print(f"{len(failed)} of {len(records)} failed; their train.log says why. The same command runs only these again.")
+    return 1 if failed else 0
+
+
+def plan_cells(overrides: Sequence[str], compose: Callable[[list[str]], Any]) -> tuple[list[Cell], list[str]]:
+    """Every combination once, each composed and checked.
+
+    A swept key that a cell's model, data or logger has no use for (`model.lora.r` under full fine-tuning) is left out of that
+    cell, and cells that are then the same run once.
+
+    Returns:
+        (cells, what was left out, in words).
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    fixed: list[str] = []
+    swept: list[list[str]] = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            compose([text])  # says what is wrong with it
+            raise
+        if override.is_sweep_override():
+            swept.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+        else:
+            fixed.append(text)
+    cells: dict[Cell, None] = {}
+    dropped: list[str] = []
+    for combination in itertools.product(*swept):
+        varied = list(combination)
+        while True:
+            try:
+                compose([*varied, *fixed])
+                break
+            except NotApplicable as e:
+                useless = [v for v in varied if v.partition("=")[0].lstrip("+") == e.where]
+                if not useless:
+                    raise
+                varied.remove(useless[0])
+                text = f"{e.where} does not apply to {', '.join(v for v in varied if '.' not in v.partition('=')[0]) or 'some cells'}"
+                if text not in dropped:
+                    dropped.append(text)
+        cells[Cell(tuple(varied), tuple(fixed))] = None
+    return list(cells), dropped
+
+
+def _run_cell(cell: Cell, run_dir: Path, group: str, compose: Callable[[list[str]], Any], config_dir: str | None) -> int:
+    """One cell as a process of its own, which writes its own run folder and W&B run."""
+    added = [f"run_dir={json.dumps(str(run_dir))}", "resume=auto"]
+    config = compose(cell.overrides)
+    if isinstance(config.logger, WandbLoggerConfig):
+        added += [f"logger.group={config.logger.group or f'grid-{group}'}", f"logger.run_name={json.dumps(cell.name)}"]
+    flags = ["--config-dir", config_dir] if config_dir else []
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+    try:
+        code = subprocess.run(
+            [sys.executable, "-m", "lorica", "train", *flags, *cell.overrides, *added], env=environment, check=False
+        ).returncode
+    except KeyboardInterrupt:
+        return 130
+    if code:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run_dir / "failed.json", {"exit_code": code, "overrides": cell.overrides})
+    else:
+        (run_dir / "failed.json").unlink(missing_ok=True)
+    return code
+
+
+def _record(cell: Cell, run_dir: Path) -> dict[str, Any]:
+    file = run_dir / "metrics.json"
+    metrics = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    monitor = next((k for k in metrics if k.startswith("val/") and k.endswith("_best")), None)
+    return {
+        "cell": cell.name,
+        "run": str(run_dir),
+        "failed": not metrics,
+        "monitor": monitor.removesuffix("_best") if monitor else None,
+        "validation": metrics.get(monitor) if monitor else None,
+        "metrics": metrics,
+    }
+
+
+def _table(screen: Screen, records: list[dict[str, Any]]) -> None:
+    """All cells by their validation figure, best first, failed ones last."""
+    from rich.table import Table
+
+    def rank(record: dict[str, Any]) -> tuple[bool, float]:
+        value = record["validation"]
+        if value is None:
+            return True, 0.0
+        return False, value if str(record["monitor"]).endswith("loss") else -value
+
+    monitor = next((r["monitor"] for r in records if r["monitor"]), "validation")
+    table = Table(title="grid", title_justify="left", title_style="bold")
+    for name in ("run", monitor, "test/accuracy", "test/loss", "seconds", "peak GiB"):
+        table.add_column(name, justify="left" if name == "run" else "right")
+    for record in sorted(records, key=rank):
+        m = record["metrics"]
+        if record["failed"]:
+            table.add_row(record["cell"], "failed", "", "", "", "")
+            continue
+        figures = (record["validation"], m.get("test/accuracy"), m.get("test/loss"))
+        cells = [f"{v:.4f}" if v is not None else "-" for v in figures]
+        table.add_row(record["cell"], *cells, f"{m['train/seconds']:.0f}", f"{m['memory/peak_gib']:.2f}")
+    screen.print(table)

@@ -1,0 +1,140 @@
+"""The device at hand: what Lightning is told, which arithmetic it can do, how much memory was used."""
+
+from __future__ import annotations
+
+import os
+import resource
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lorica.config import ConfigError, TrainerConfig
+
+DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+@dataclass
+class Machine:
+    """Where a run happens. precision is resolved: never auto."""
+
+    accelerator: str
+    devices: Any
+    device: torch.device
+    rank: int
+    world_size: int
+    precision: str
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of frozen weights and matrix products."""
+        return DTYPES[self.precision]
+
+    @property
+    def description(self) -> str:
+        """For the summary."""
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+            return f"{self.world_size} x {name}" if self.world_size > 1 else name
+        return f"{self.device.type}, {torch.get_num_threads()} threads" + (f", {self.world_size} processes" if self.world_size > 1 else "")
+
+    def strategy(self, asked: str) -> Any:
+        """Lightning's strategy: DDP without buffer broadcasts (ranks may have different numbers of evaluation batches)."""
+        if self.world_size == 1:
+            return "auto"
+        from lightning.pytorch.strategies import DDPStrategy
+
+        return DDPStrategy(
+            broadcast_buffers=False, find_unused_parameters=asked == "ddp_find_unused_parameters_true", gradient_as_bucket_view=True
+        )
+
+
+def choose(trainer: TrainerConfig) -> Machine:
+    """Resolve accelerator, devices and precision.
+
+    Raises:
+        ConfigError: the machine lacks what is asked for.
+    """
+    cuda = torch.cuda.is_available()
+    mps = torch.backends.mps.is_available()
+    accelerator = trainer.accelerator
+    if accelerator in ("gpu", "cuda") and not (cuda or (mps and accelerator == "gpu")):
+        raise ConfigError("trainer.accelerator", accelerator, "this machine has no usable GPU", "trainer.accelerator=auto")
+    if accelerator == "mps" and not mps:
+        raise ConfigError("trainer.accelerator", accelerator, "this machine has no Apple GPU", "trainer.accelerator=auto")
+    kind = "cpu" if accelerator == "cpu" or not (cuda or mps) else "cuda" if cuda else "mps"
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    devices, numbers = _devices(trainer.devices, kind)
+    if kind == "cuda":
+        device = torch.device("cuda", numbers[local % len(numbers)])
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    else:
+        device = torch.device(kind)
+    world = len(numbers) * trainer.num_nodes
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", str(local)))) if world > 1 else 0
+    precision, notes = _precision(trainer.precision, device)
+    return Machine({"cuda": "cuda", "mps": "mps", "cpu": "cpu"}[kind], devices, device, rank, world, precision, notes)
+
+
+def _devices(asked: Any, kind: str) -> tuple[Any, list[int]]:
+    """(what Lightning is told, the devices' numbers on this machine)."""
+    have = torch.cuda.device_count() if kind == "cuda" else 1
+    if isinstance(asked, list):
+        numbers = [int(d) for d in asked]
+    elif asked == "auto":
+        numbers = [0]
+    else:
+        numbers = list(range(have if asked == -1 else int(asked)))
+    if kind == "cuda" and (max(numbers) >= have):
+        raise ConfigError("trainer.devices", asked, f"this machine has {have} GPU{'s' if have > 1 else ''}", f"trainer.devices={have}")
+    return (numbers if kind == "cuda" else len(numbers)), numbers
+
+
+def _precision(asked: str, device: torch.device) -> tuple[str, list[str]]:
+    """(Lightning's precision, what to tell the user): what was asked for where the device has it, else the nearest and why."""
+    if device.type == "cuda":
+        if asked in ("auto", "bf16-mixed") and torch.cuda.get_device_capability(device) < (8, 0):
+            return "16-mixed", [
+                f"{torch.cuda.get_device_name(device)} has no bf16: 16-mixed (fp16 arithmetic with a gradient scaler) is used"
+            ]
+        return ("bf16-mixed" if asked == "auto" else asked), []
+    if asked == "16-mixed":
+        return "32-true", [f"trainer.precision=16-mixed needs a GPU; 32-true is used on the {device.type}"]
+    if asked == "auto":
+        if device.type == "cpu" and _bf16_faster_on_cpu():
+            return "bf16-mixed", ["bf16 matrix products are faster than fp32 on this CPU (measured)"]
+        return "32-true", []
+    return asked, []
+
+
+def _bf16_faster_on_cpu() -> bool:
+    """Time a transformer-sized product in both types, where the CPU has bf16 instructions (AMX, avx512_bf16)."""
+    import time
+
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(1700, 768, dtype=dtype), torch.randn(1536, 768, dtype=dtype)
+        for _ in range(3):
+            torch.nn.functional.linear(a, b)
+        begun = time.perf_counter()
+        for _ in range(10):
+            torch.nn.functional.linear(a, b)
+        seconds[dtype] = time.perf_counter() - begun
+    return seconds[torch.bfloat16] < 0.6 * seconds[torch.float32]
+
+
+def reset_peak_memory() -> None:
+    """Forget the peak before training."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak of what was allocated on the GPU since `reset_peak_memory`; on a CPU the process's largest resident size."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

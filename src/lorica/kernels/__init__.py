@@ -1,0 +1,1 @@
+"""The fast path. Each kernel stands beside a plain reference that it must equal."""

@@ -1,0 +1,138 @@
+"""Where figures go: metrics.csv always, Weights & Biases on request, online when there is a key and a network, else offline."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import netrc
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from lorica.config import ConfigError, TrainConfig, WandbLoggerConfig
+from lorica.hub import reachable
+from lorica.secrets import redact, redact_tree
+
+WANDB_HOST = "https://api.wandb.ai"
+
+
+def build_loggers(config: TrainConfig, run_dir: Path) -> tuple[list[Logger], str]:
+    """(the loggers, what to tell the user or "")."""
+    loggers: list[Logger] = [_csv(run_dir)]
+    if not isinstance(config.logger, WandbLoggerConfig):
+        return loggers, ""
+    wandb_logger, note = _wandb(config, config.logger, run_dir)
+    return [*loggers, wandb_logger], note
+
+
+def _csv(run_dir: Path) -> CSVLogger:
+    """metrics.csv in the run folder; a resumed run goes on in the same file."""
+    file = run_dir / "metrics.csv"
+    header = next(csv.reader(file.open(newline="")), []) if file.is_file() else []
+    logger = CSVLogger(save_dir=str(run_dir), name="", version="", flush_logs_every_n_steps=10**9)
+    logger.experiment.metrics_keys = header
+    return logger
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B could log in without asking: WANDB_API_KEY, or an entry in ~/.netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", WANDB_HOST).split("//")[-1].split("/")[0]
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def wandb_mode(asked: str) -> tuple[str, str]:
+    """(online or offline, why it is offline or ""). Found out within 4 s.
+
+    Raises:
+        ConfigError: online was asked for and can't be had.
+    """
+    if asked == "offline" or os.environ.get("WANDB_MODE") == "offline":
+        return "offline", ""
+    if not has_wandb_key():
+        why = "no W&B key (WANDB_API_KEY, or `wandb login`)"
+    elif not reachable(os.environ.get("WANDB_BASE_URL", WANDB_HOST)):
+        why = "W&B can't be reached"
+    else:
+        return "online", ""
+    if asked == "online":
+        raise ConfigError("logger.mode", "online", why, "logger.mode=auto")
+    return "offline", why
+
+
+def _wandb(config: TrainConfig, settings: WandbLoggerConfig, run_dir: Path) -> tuple[Logger, str]:
+    mode, why = wandb_mode(settings.mode)
+    sys.argv = [redact(a) for a in sys.argv]  # wandb records it
+    try:
+        import wandb
+        from lightning.pytorch.loggers import WandbLogger
+
+        logger = WandbLogger(
+            project=settings.project,
+            name=settings.run_name or run_dir.name,
+            entity=settings.entity,
+            group=settings.group,
+            tags=settings.tags,
+            save_dir=str(run_dir),
+            offline=mode == "offline",
+            id=_run_id(run_dir),
+            resume="allow" if mode == "online" else None,
+            config=redact_tree(dataclasses.asdict(config)),
+            settings=wandb.Settings(console="off", init_timeout=20, disable_git=True, save_code=False, silent=True),
+        )
+        _ = logger.experiment
+    except ImportError:
+        raise ConfigError("logger", "wandb", "the package wandb is not installed", "pip install wandb") from None
+    note = (
+        f"W&B is offline: {why}; later: wandb sync {run_dir}/wandb/offline-run-*" if why else f"W&B is {mode}, project {settings.project}"
+    )
+    return logger, note
+
+
+def _run_id(run_dir: Path) -> str:
+    """The run's W&B id, the same when it is resumed."""
+    file = run_dir / ".hydra" / "wandb_id"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(secrets.token_hex(4))
+    return file.read_text().strip()
+
+
+def finish_wandb(
+    loggers: list[Logger], run_dir: Path, weights: Path | None, predictions: list[dict[str, Any]], figures: dict[str, float], failed: bool
+) -> None:
+    """Final figures, a table of predictions, the weights as an artifact; then close the W&B run."""
+    for logger in loggers:
+        if type(logger).__name__ != "WandbLogger":
+            continue
+        import wandb
+
+        run: Any = getattr(logger, "experiment")  # noqa: B009 (the base class does not declare it)
+        if not failed:
+            run.summary.update(figures)
+            if predictions:
+                columns = list(predictions[0])
+                run.log(
+                    {
+                        "test/predictions": wandb.Table(
+                            columns=columns,
+                            data=[
+                                [str(p.get(c)) if isinstance(p.get(c), (dict, list)) else p.get(c) for c in columns]
+                                for p in predictions[:200]
+                            ],
+                        )
+                    }
+                )
+            if weights is not None:
+                artifact = wandb.Artifact(f"{run_dir.parent.name}-{run.id}".replace("/", "-"), type="model")
+                artifact.add_dir(str(weights))
+                run.log_artifact(artifact)
+        run.finish(exit_code=1 if failed else 0, quiet=True)

@@ -1,0 +1,1 @@
+"""Base models, adapters, the Lightning modules that train them, and optimisers."""

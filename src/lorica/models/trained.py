@@ -1,0 +1,90 @@
+"""What a run left, ready to answer: adapter on its base, or a whole or merged model, with its tokenizer and task."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from lorica.config import ConfigError, ModelConfig, QuantizationSettings
+from lorica.models import adapters, base
+from lorica.runs import read_task, weights_folder
+
+
+@dataclass
+class Trained:
+    """A model for inference. task: lorica.json's content. adapter: the adapter's folder, None for whole models."""
+
+    model: Any
+    tokenizer: Any
+    task: dict[str, Any]
+    adapter: Path | None
+    base: base.Base
+
+
+def load_trained(run: Path, device: torch.device, base_name: str | None = None, dequantize: bool = False) -> Trained:
+    """Load a run, an adapter folder or a merged model for inference.
+
+    Args:
+        base_name: load the base from here instead of where the adapter says.
+        dequantize: load a 4-bit base as plain weights with the values that its 4-bit codes stand for.
+    Raises:
+        ConfigError: no weights, or a base that can't be had.
+    """
+    folder = weights_folder(run)
+    task = read_task(folder)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    task = {**(_guess_adapter(folder) if is_adapter else _guess_model(folder)), **task}
+    trained = getattr(torch, task.get("dtype") or "float32")
+    dtype = trained if device.type == "cuda" else torch.float32
+    settings = ModelConfig(name="trained", task=task["task"], base=base_name or task["base"], max_length=task.get("max_length") or 512)
+    if not is_adapter:
+        settings.base = str(folder)
+    elif base_name is None and (run / "base" / "config.json").is_file():
+        settings.base = str(run / "base")
+    elif base_name is None and not Path(settings.base).is_dir() and Path(settings.base).is_absolute():
+        raise ConfigError("base", settings.base, "the adapter's base model is not there any more", "base=<its folder now>")
+    found = base.find_base(settings.base, task.get("revision") if base_name is None else None, key="base")
+    tokenizer = base.load_tokenizer(
+        base.Base(str(folder), str(folder)) if (folder / "tokenizer_config.json").is_file() else found, key="run"
+    )
+    config = base.load_config(found, ModelConfig(name="", task=settings.task, base=settings.base, max_length=8))
+    quantization = QuantizationSettings(**task["quantization"]) if is_adapter and task.get("quantization") else None
+    model = base.load_model(
+        found, settings, config, tokenizer, device=device, dtype=dtype, labels=task.get("labels"), attn="sdpa", quantization=quantization
+    )
+    if quantization is not None and dequantize:
+        adapters.dequantize_linears(model, torch.float32)
+    if is_adapter:
+        model = adapters.load(model, folder)
+    return Trained(model.to(device).eval(), tokenizer, task, folder if is_adapter else None, found)
+
+
+def _guess_adapter(folder: Path) -> dict[str, Any]:
+    """What PEFT's own files say of an adapter that Lorica did not write."""
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    task = {"SEQ_CLS": "sequence_classification"}.get(str(config.get("task_type")), "causal_lm")
+    known: dict[str, Any] = {
+        "task": task,
+        "base": config.get("base_model_name_or_path"),
+        "revision": config.get("revision"),
+        "max_length": 512,
+    }
+    weights = folder / "adapter_model.safetensors"
+    if task == "sequence_classification" and weights.is_file():
+        with safe_open(weights, "pt") as file:
+            heads = [k for k in file.keys() if k.endswith(("classifier.weight", "score.weight", "out_proj.weight"))]  # noqa: SIM118
+            rows = [file.get_slice(k).get_shape()[0] for k in heads]
+        known["labels"] = [f"LABEL_{i}" for i in range(rows[0])] if rows else None
+    return known
+
+
+def _guess_model(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    classifier = any("SequenceClassification" in a for a in config.get("architectures") or [])
+    labels = base.trained_labels(folder) if classifier else None
+    return {"task": "sequence_classification" if classifier else "causal_lm", "base": str(folder), "labels": labels, "max_length": 512}

@@ -1,0 +1,109 @@
+"""What a person sees: one console, copied to train.log, with third parties' noise kept out and secrets redacted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.highlighter import NullHighlighter
+from rich.table import Table
+
+from lorica.secrets import redact
+
+
+class Screen:
+    """Prints to the terminal and, without colour, to a log file. Silent on ranks other than 0."""
+
+    def __init__(self, log: Path | None = None, main: bool = True) -> None:
+        width = None if sys.stdout.isatty() else 110
+        self.console = Console(highlighter=NullHighlighter(), soft_wrap=False, width=width, quiet=not main)
+        self._file: TextIO | None = None
+        self._log: Console | None = None
+        if log is not None and main:
+            self._file = log.open("a", encoding="utf-8", buffering=1)
+            self._log = Console(file=self._file, width=110, highlighter=NullHighlighter(), color_system=None)
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a bar can be drawn."""
+        return self.console.is_terminal
+
+    def print(self, what: Any = "", **kwargs: Any) -> None:
+        """Text (redacted, markup off) or a rich renderable."""
+        if isinstance(what, str):
+            what, kwargs = redact(what), {"markup": False, **kwargs}
+        self.console.print(what, **kwargs)
+        if self._log is not None:
+            self._log.print(what, **kwargs)
+
+    def log(self, text: str) -> None:
+        """To the file only: a traceback, say."""
+        if self._file is not None:
+            self._file.write(redact(text).rstrip("\n") + "\n")
+
+    def facts(self, title: str, rows: list[tuple[str, str]]) -> None:
+        """A title and `name  value` lines."""
+        self.print(title)
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            self.print(f"  {name:<{width}}  {value}", soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Something the user did not ask for but should know."""
+        self.print(f"  note: {text}", soft_wrap=True)
+
+    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+        """Two columns of figures."""
+        table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+        table.add_column()
+        table.add_column(justify="right")
+        for name, value in rows:
+            table.add_row(name, value)
+        self.print(table)
+
+    def close(self) -> None:
+        """Close the log file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = self._log = None
+
+
+def quiet_libraries() -> None:
+    """Only our own lines on the screen; what libraries print goes unless LORICA_VERBOSE is set. Call before importing them."""
+    if os.environ.get("LORICA_VERBOSE"):
+        return
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "WANDB_SILENT": "true",
+        "BITSANDBYTES_NOWELCOME": "1",
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        "POSSIBLE_USER_WARNINGS": "off",
+    }.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+
+
+def short(n: float) -> str:
+    """1,234 -> 1.2 k, 7,241,732,096 -> 7.24 B: at most three digits."""
+    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if abs(n) >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """75 -> 1 min 15 s."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
