@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from lorica.metrics import EvaluationMetrics
 from lorica.models.module import LoricaModule
+from lorica.screen import Screen
 
 
 class SeedSteps(Callback):
@@ -240,11 +240,14 @@ class Checkpoints(Callback):
                         old.unlink()
 
 
+LINE_SECONDS = 15.0  # between two lines of progress where no bar can be drawn
+
+
 class ShowProgress(Callback):
     """A bar with loss, tokens/s and time left on a terminal; a plain line every so often elsewhere."""
 
-    def __init__(self, console: Console, record: RecordLoss, total: int, enabled: bool, start: int = 0) -> None:
-        self.console, self.record, self.total, self.start = console, record, total, start
+    def __init__(self, screen: Screen, record: RecordLoss, total: int, enabled: bool, start: int = 0) -> None:
+        self.screen, self.record, self.total, self.start = screen, record, total, start
         self.enabled = enabled
         self.bar: Progress | None = None
         self.task: TaskID | None = None
@@ -260,13 +263,13 @@ class ShowProgress(Callback):
         return f"{t.tokens / seconds:,.0f} tokens/s" if seconds > 0 else ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.enabled and trainer.is_global_zero and self.console.is_terminal:
+        if self.enabled and trainer.is_global_zero and self.screen.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
             self.bar = Progress(
                 *columns,
                 TextColumn("{task.fields[note]}"),
                 TimeRemainingColumn(elapsed_when_finished=True),
-                console=self.console,
+                console=self.screen.console,
                 refresh_per_second=4,
             )
             self.bar.start()
@@ -278,10 +281,9 @@ class ShowProgress(Callback):
         step = trainer.global_step
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=step, note=f"loss {self._loss()}  {self._rate()}")
-        elif time.perf_counter() - self._last_line > 15 or step == self.total:
-            if self._last_line or step == self.total:
-                self.console.print(f"step {step}/{self.total}  loss {self._loss()}  {self._rate()}", highlight=False)
+        elif self.record.history and (time.perf_counter() - self._last_line > LINE_SECONDS or step == self.total):
             self._last_line = time.perf_counter()
+            self.screen.print(f"step {step}/{self.total}  loss {self._loss()}  {self._rate()}")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.bar is not None and trainer.state.fn == "fit":
@@ -304,7 +306,7 @@ class ShowProgress(Callback):
             if k in ("val/loss", "val/accuracy", "val/f1_macro", "val/perplexity")
         }
         if self.enabled and trainer.is_global_zero and trainer.state.fn == "fit":
-            self.console.print(
+            self.screen.print(
                 f"step {trainer.global_step:>6}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()), highlight=False
             )
 

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lorica.config import (
+    DATA_SCHEMAS,
+    LOGGER_SCHEMAS,
     ClassificationDataConfig,
     ConfigError,
     DataConfig,
     InstructionDataConfig,
+    LoggerConfig,
     MergeConfig,
     ModelConfig,
     PredictConfig,
@@ -23,15 +26,43 @@ from lorica.config import (
 
 DATA_ENDINGS = (".csv", ".jsonl", ".json", ".parquet")
 
+# What a key of ours is called in transformers, PEFT, Lightning and everyday speech; told to those who type that.
+ELSEWHERE = {
+    "learning_rate": "optimizer.lr",
+    "num_train_epochs": "trainer.max_epochs",
+    "epochs": "trainer.max_epochs",
+    "per_device_train_batch_size": "trainer.batch_size",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "max_grad_norm": "trainer.gradient_clip_val",
+    "max_seq_length": "model.max_length",
+    "model_name_or_path": "model.base",
+    "lora_r": "model.lora.r",
+    "rank": "model.lora.r",
+    "logging_steps": "trainer.log_every_n_steps",
+    "eval_steps": "trainer.val_check_interval",
+    "save_steps": "trainer.checkpoint_every_n_steps",
+    "bf16": "trainer.precision",
+    "fp16": "trainer.precision",
+    "output_dir": "run_dir",
+    "default_root_dir": "run_dir",
+    "ckpt_path": "resume",
+    "resume_from_checkpoint": "resume",
+    "limit_train_batches": "data.max_train_examples",
+    "limit_val_batches": "data.max_validation_examples",
+    "limit_test_batches": "data.max_test_examples",
+    "fast_dev_run": "debug=fast",
+    "overfit_batches": "debug=overfit",
+}
+
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
     """The valid name most like `name`, or None where nothing is alike."""
     options = list(valid)
-    found = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    if found:
-        return found[0]
-    inside = [o for o in options if name and (name in o or o in name)]
-    return inside[0] if inside else None
+    for wanted in (name, name.lower()):
+        if found := difflib.get_close_matches(wanted, options, n=1, cutoff=0.5):
+            return found[0]
+    inside = [o for o in options if min(len(name), len(o)) > 1 and (name in o or o in name)]
+    return min(inside, key=lambda o: (not o.startswith(name), len(o)), default=None)
 
 
 def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:
@@ -54,17 +85,19 @@ def check_ranges(config: Any) -> None:
         choices = meta.get("choices") or ()
         if choices and value is not None and value not in choices:
             raise ConfigError(name, value, f"must be one of {', '.join(choices)}", f"{name}={nearest(str(value), choices) or choices[0]}")
+        if value == "":
+            raise ConfigError(name, "''", "is empty: give a value or leave it out")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         low, high, above = meta.get("low"), meta.get("high"), meta.get("above")
         if value != value or value in (float("inf"), float("-inf")):
             raise ConfigError(name, value, "must be a finite number")
         if low is not None and value < low:
-            raise ConfigError(name, value, f"must be at least {low:g}", f"{name}={low:g}")
+            raise ConfigError(name, value, f"must be at least {low:.12g}", f"{name}={low:.12g}")
         if above is not None and value <= above:
-            raise ConfigError(name, value, f"must be above {above:g}")
+            raise ConfigError(name, value, f"must be above {above:.12g}")
         if high is not None and value > high:
-            raise ConfigError(name, value, f"must be at most {high:g}", f"{name}={high:g}")
+            raise ConfigError(name, value, f"must be at most {high:.12g}", f"{name}={high:.12g}")
 
 
 def check(config: Any) -> None:
@@ -77,6 +110,7 @@ def check(config: Any) -> None:
     if isinstance(config, TrainConfig):
         _check_model(config.model)
         _check_data(config.data)
+        _check_logger(config.logger)
         _check_pair(config)
         _check_batch(config)
         _check_trainer(config)
@@ -125,7 +159,8 @@ def positions_of(config: dict[str, Any]) -> int | None:
     if not isinstance(positions, int):
         return None
     if config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        positions -= int(config.get("pad_token_id") or 1) + 1
+        pad = config.get("pad_token_id")
+        positions -= (1 if pad is None else int(pad)) + 1
     return positions
 
 
@@ -140,6 +175,10 @@ def _positions(base: str) -> int | None:
 
 
 def _check_data(data: DataConfig) -> None:
+    schema = DATA_SCHEMAS.get(data.module)
+    if schema is None or not isinstance(data, schema):
+        rule = f"must be one of {', '.join(DATA_SCHEMAS)}" if schema is None else f"has other keys than data={data.name}; choose the group"
+        raise ConfigError("data.module", data.module, rule, f"data={nearest(data.module, DATA_SCHEMAS) or data.name}")
     if data.path is not None and data.source != "files":
         raise ConfigError("data.path", data.path, f"is read only with data.source=files (it is {data.source})", "data.source=files")
     if data.source == "files":
@@ -147,7 +186,7 @@ def _check_data(data: DataConfig) -> None:
             raise ConfigError("data.path", None, "data.source=files needs the file or folder to read", "data.path=my_data/train.csv")
         path = Path(data.path).expanduser()
         if not path.exists():
-            raise ConfigError("data.path", data.path, "there is no such file or folder" + _sibling(path))
+            raise ConfigError("data.path", data.path, "there is no such file or folder" + sibling(path))
         if path.is_file() and path.suffix.lower() not in DATA_ENDINGS:
             raise ConfigError("data.path", data.path, f"must end in {', '.join(DATA_ENDINGS)}")
     if data.source == "hub" and data.hub_id is None:
@@ -164,7 +203,9 @@ def _check_data(data: DataConfig) -> None:
         if data.labels is not None and (len(data.labels) < 2 or len(set(data.labels)) != len(data.labels)):
             raise ConfigError("data.labels", data.labels, "needs two or more different names")
         if data.label_values is not None and (data.labels is None or len(data.label_values) != len(data.labels)):
-            raise ConfigError("data.label_values", data.label_values, "needs one value for each of data.labels")
+            raise ConfigError(
+                "data.label_values", data.label_values, f"needs one value for each of data.labels={data.labels}", "data.label_values=null"
+            )
     if isinstance(data, InstructionDataConfig):
         for name, needed in (("prompt_template", ("{prompt}",)), ("prompt_template_with_input", ("{prompt}", "{input}"))):
             for part in needed:
@@ -172,10 +213,18 @@ def _check_data(data: DataConfig) -> None:
                     raise ConfigError(f"data.{name}", repr(getattr(data, name)), f"must contain {part}")
 
 
-def _sibling(path: Path) -> str:
-    parent = path.parent
+def sibling(path: Path) -> str:
+    """`; did you mean ...?` with the nearest name in the folder where `path` was looked for, or nothing."""
+    parent = path.expanduser().parent
+    if path.expanduser().exists():
+        return ""
     near = nearest(path.name, os.listdir(parent)) if parent.is_dir() else None
     return f"; did you mean {parent / near}?" if near else ""
+
+
+def _check_logger(logger: LoggerConfig) -> None:
+    if type(logger) is not LOGGER_SCHEMAS[logger.name]:
+        raise ConfigError("logger.name", logger.name, "has other keys than the logger that was chosen", f"logger={logger.name}")
 
 
 def _check_pair(config: TrainConfig) -> None:
@@ -239,9 +288,10 @@ def _check_trainer(config: TrainConfig) -> None:
         raise ConfigError("optimizer.betas", config.optimizer.betas, "needs two numbers from 0 to below 1", "optimizer.betas=[0.9,0.999]")
     if config.resume not in (None, "auto", "required") and not (Path(config.resume) / "config.yaml").is_file():
         near = nearest(config.resume, ("auto", "required"))
-        raise ConfigError(
-            "resume", config.resume, "must be auto, required or a run folder (with its config.yaml)", f"resume={near or 'auto'}"
+        rule = "must be auto, required or a run folder (with its config.yaml)" + (
+            sibling(Path(config.resume)) if "/" in config.resume else ""
         )
+        raise ConfigError("resume", config.resume, rule, f"resume={near or 'auto'}")
 
 
 def _check_devices(devices: Any) -> None:
@@ -260,7 +310,7 @@ def _check_predict(config: PredictConfig) -> None:
     if config.input is not None:
         path = Path(config.input).expanduser()
         if not path.is_file():
-            raise ConfigError("input", config.input, "there is no such file" + _sibling(path))
+            raise ConfigError("input", config.input, "there is no such file" + sibling(path))
         for name, file in (("input", config.input), ("output", config.output)):
             if file is not None and Path(file).suffix.lower() not in (".csv", ".jsonl"):
                 raise ConfigError(name, file, "must end in .csv or .jsonl")
@@ -272,4 +322,4 @@ def _check_predict(config: PredictConfig) -> None:
 
 def _check_folder(name: str, value: str) -> None:
     if not Path(value).expanduser().is_dir():
-        raise ConfigError(name, value, "there is no such folder" + _sibling(Path(value)), f"{name}=outputs/latest")
+        raise ConfigError(name, value, "there is no such folder" + sibling(Path(value)), f"{name}=outputs/latest")

@@ -7,6 +7,7 @@ typed tree, so that each mistake is named by its own key with the nearest valid 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import os
 import sys
@@ -16,19 +17,25 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lorica.checks import check, nearest
+from lorica.checks import ELSEWHERE, check, nearest, sibling
 from lorica.config import (
     DATA_SCHEMAS,
     LOGGER_SCHEMAS,
     VERBS,
     ConfigError,
+    DataConfig,
     NotApplicable,
     TrainConfig,
     fill_recommended,
 )
 from lorica.secrets import redact
 
-OPTIONAL_GROUPS = ("experiment", "debug")  # may be null
+OPTIONAL_GROUPS = ("experiment", "debug")  # null unless chosen
+FLAGS = ("help", "multirun", "cfg", "config-dir")
+# Hydra's own launcher, sweeper, logging and help serve `hydra.main`, not us: leaving them out halves the files read.
+HYDRA_UNUSED = tuple(
+    f"~hydra/{part}" for part in ("output", "launcher", "sweeper", "help", "hydra_help", "hydra_logging", "job_logging", "env")
+)
 RUNNERS = {"train": "lorica.train", "predict": "lorica.predict", "merge": "lorica.export"}
 USAGE = f"""usage: lorica VERB [group=option ...] [key=value ...]
 verbs: {", ".join(VERBS)}
@@ -88,9 +95,24 @@ def conf_dir() -> Path:
 
 
 def register_plugins() -> None:
-    """Data modules of installed packages: their dataclass types `data=NAME` (entry point `lorica.data_config`)."""
+    """Data modules of installed packages: their dataclass types and fills `data=NAME` (entry point `lorica.data_config`).
+
+    Raises:
+        ConfigError: a package's dataclass can't be used.
+    """
     for plugin in entry_points(group="lorica.data_config"):
-        DATA_SCHEMAS[plugin.name] = plugin.load()
+        from hydra.core.config_store import ConfigStore
+
+        where = f"lorica.data_config:{plugin.name}"
+        try:
+            schema = plugin.load()
+        except Exception as e:
+            raise ConfigError(where, plugin.value, f"an installed package's data set can't be loaded ({e})", "pip uninstall it") from None
+        if not (isinstance(schema, type) and issubclass(schema, DataConfig)):
+            raise ConfigError(where, plugin.value, "must be a dataclass on lorica.config.DataConfig")
+        if DATA_SCHEMAS.setdefault(plugin.name, schema) is not schema:
+            raise ConfigError(where, plugin.value, f"data={plugin.name} exists already", "another name for the entry point")
+        ConfigStore.instance().store(group="data", name=plugin.name, node={"name": plugin.name, "module": plugin.name})
 
 
 def _split(args: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -109,13 +131,14 @@ def _split(args: list[str]) -> tuple[list[str], dict[str, Any]]:
                 raise ConfigError("--cfg", what, "shows the job's configuration only", "--cfg job")
             flags["show"] = "job"
         elif name in ("-cd", "--config-dir"):
-            folder = given or next(rest, "")
-            if not Path(folder).is_dir():
-                raise ConfigError("--config-dir", folder, "there is no such folder")
+            folder = given if "=" in arg else next(rest, "")
+            if not folder or not Path(folder).is_dir():
+                raise ConfigError("--config-dir", folder, "there is no such folder" + sibling(Path(folder)))
             flags["config_dir"] = str(Path(folder).resolve())
         elif arg.startswith("-"):
+            near = nearest(name.strip("-"), FLAGS)
             raise ConfigError(
-                arg, None, "is not a flag of this program", nearest(arg, ("--help", "--multirun", "--cfg", "--config-dir")) or "--help"
+                arg, None, "is not a flag of this program", f"--{near}" if near else f"{name.lstrip('-')}={given or '...'}, without dashes"
             )
         else:
             overrides.append(arg)
@@ -185,17 +208,37 @@ def compose_tree(verb: str, args: Sequence[str], config_dir: str | None = None) 
             raise ConfigError(
                 "resume", resumed, f"restores the run's own configuration; {groups[0]} can't be chosen again", "a new run without resume"
             )
-        loaded = OmegaConf.load(Path(resumed) / "config.yaml")
+        if any(k == "run_dir" for k, _ in values):
+            raise ConfigError("run_dir", dict(values)["run_dir"], f"resume={resumed} goes on in that folder", "leave it out")
+        loaded = _load_run(Path(resumed) / "config.yaml")
         values = [*values, ("run_dir", str(Path(resumed)))]
     else:
         loaded = _compose_yaml(verb, groups, config_dir)
     try:
-        tree = OmegaConf.merge(_schema(verb, loaded), loaded)
+        schema = _schema(verb, loaded)
     except Exception as e:
+        raise _translate(e) from None
+    try:
+        tree = OmegaConf.merge(schema, loaded)
+    except Exception as e:
+        for name, value in typing.cast(dict[str, Any], OmegaConf.to_container(loaded)).items():
+            _apply(schema, verb, str(name), value)  # one by one: says which key, its value and the nearest valid one
         raise _translate(e) from None
     for name, value in values:
         _apply(tree, verb, name, value)
     return tree
+
+
+def _load_run(file: Path) -> Any:
+    from omegaconf import DictConfig, OmegaConf
+
+    try:
+        loaded = OmegaConf.load(file)
+    except Exception as e:
+        raise _translate(e) from None
+    if not isinstance(loaded, DictConfig) or not {"model", "data", "logger"} <= set(loaded):
+        raise ConfigError("resume", file, "is not the configuration of a run", "resume=auto")
+    return loaded
 
 
 def _compose_yaml(verb: str, groups: list[str], config_dir: str | None) -> Any:
@@ -205,7 +248,7 @@ def _compose_yaml(verb: str, groups: list[str], config_dir: str | None) -> Any:
     search = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=verb):
-            return hydra_compose(verb, overrides=[*groups, *search])
+            return hydra_compose(verb, overrides=[*groups, *search, *HYDRA_UNUSED])
     except Exception as e:
         raise _translate(e) from None
 
@@ -231,14 +274,14 @@ def _schema(verb: str, loaded: Any) -> Any:
 
 def _typed(tree: Any) -> Any:
     from omegaconf import OmegaConf
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+    from omegaconf.errors import OmegaConfBaseException
 
-    missing = sorted(OmegaConf.missing_keys(tree))
-    if missing:
-        raise ConfigError(missing[0], None, "must be given", f"{missing[0]}=...")
     try:
+        missing = sorted(OmegaConf.missing_keys(tree))
+        if missing:
+            raise ConfigError(missing[0], None, "must be given", f"{missing[0]}=...")
         return OmegaConf.to_object(tree)
-    except (MissingMandatoryValue, OmegaConfBaseException) as e:
+    except OmegaConfBaseException as e:
         raise _translate(e) from None
 
 
@@ -246,13 +289,21 @@ def _typed(tree: Any) -> Any:
 
 
 def group_options(config_dir: str | None = None) -> dict[str, list[str]]:
-    """Options of each group, from the YAML folders and from installed packages."""
+    """Options of each group, from the YAML folders and from installed packages.
+
+    Raises:
+        ConfigError: a file of `config_dir` has the name of one of ours, which Hydra would read in its place.
+    """
     found: dict[str, set[str]] = {}
-    for root in filter(None, (conf_dir(), Path(config_dir) if config_dir else None)):
-        for file in root.glob("*/*.yaml"):
-            found.setdefault(file.parent.name, set()).add(file.stem)
-    for plugin in entry_points(group="lorica.data_config"):
-        found.setdefault("data", set()).add(plugin.name)
+    for file in conf_dir().glob("*/*.yaml"):
+        found.setdefault(file.parent.name, set()).add(file.stem)
+    for file in sorted(Path(config_dir).glob("*/*.yaml")) if config_dir else ():
+        group = file.parent.name
+        if file.stem in found.get(group, ()):
+            raise ConfigError("--config-dir", file, f"{group}={file.stem} is an option of ours", f"{file.with_stem('my_' + file.stem)}")
+        if group in found:
+            found[group].add(file.stem)
+    found["data"] |= set(DATA_SCHEMAS)  # a package's data set needs no YAML
     return {group: sorted(options) for group, options in sorted(found.items())}
 
 
@@ -271,11 +322,16 @@ def _parse(verb: str, args: Sequence[str], config_dir: str | None) -> tuple[list
         except HydraException as e:
             where, _, value = text.partition("=")
             if "=" not in text:
-                raise ConfigError(where, None, "is not key=value", f"{where}=...") from None
-            raise ConfigError(where, value, f"can't be read ({str(e).splitlines()[0]})", f"""'{where}="{value}"'""") from None
+                group = next((g for g, names in options.items() if where in names), None)
+                raise ConfigError(where, None, "is not key=value", f"{group}={where}" if group else f"{where}=...") from None
+            why = str(e).splitlines()[0].partition(" expecting")[0]
+            raise ConfigError(where, value, f"can't be read ({why})", f"""'{where}="{value}"'""") from None
         name = override.key_or_group
         if override.is_delete():
-            raise ConfigError(f"~{name}", None, "keys can't be removed; every key of the schema has a value", f"{name}=null")
+            instead = "..." if name in options and name not in OPTIONAL_GROUPS else "null"
+            raise ConfigError(f"~{name}", None, "keys can't be removed; every key of the schema has a value", f"{name}={instead}")
+        if override.package is not None:
+            raise ConfigError(f"{name}@{override.package}", override.value(), "groups stay where they are", f"{name}={override.value()}")
         if override.is_sweep_override():
             raise ConfigError(name, override.get_value_string(), "several values make a grid", f"-m {text}")
         if name in options and not isinstance(override.value(), dict):
@@ -283,12 +339,16 @@ def _parse(verb: str, args: Sequence[str], config_dir: str | None) -> tuple[list
             if value not in options[name] and not (value is None and name in OPTIONAL_GROUPS):
                 near = nearest(str(value), options[name])
                 raise ConfigError(name, value, f"must be one of {', '.join(options[name])}", f"{name}={near or options[name][0]}")
-            groups.append(f"{name}={'null' if value is None else value}")
+            if value is None:
+                groups = [g for g in groups if not g.startswith(f"{name}=")]
+            else:
+                groups.append(f"{name}={value}")
         else:
             values.append((name, override.value()))
     return groups, values
 
 
+@functools.cache
 def schema_keys(schema: type, prefix: str = "") -> dict[str, type]:
     """Every dotted leaf under a dataclass, optional sub-dataclasses included, with the type that holds it."""
     keys: dict[str, type] = {}
@@ -306,10 +366,10 @@ def _known_keys(tree: Any, verb: str) -> list[str]:
     """Keys that the composed tree can take: those of the schema with the chosen data set's and logger's own."""
     from omegaconf import OmegaConf
 
-    keys = schema_keys(VERBS[verb])
+    keys = dict(schema_keys(VERBS[verb]))
     if verb == "train":
-        keys.update(schema_keys(typing.cast(type, OmegaConf.get_type(tree.data)), "data."))
-        keys.update(schema_keys(typing.cast(type, OmegaConf.get_type(tree.logger)), "logger."))
+        keys |= schema_keys(typing.cast(type, OmegaConf.get_type(tree.data)), "data.")
+        keys |= schema_keys(typing.cast(type, OmegaConf.get_type(tree.logger)), "logger.")
     return list(keys)
 
 
@@ -321,7 +381,14 @@ def _apply(tree: Any, verb: str, name: str, value: Any) -> None:
     sections = {k.rpartition(".")[0] for k in known} - {""}
     if name not in known and name not in sections:
         _refuse_unknown(name, value, known, tree, verb)
-    if name in sections and value is not None and not isinstance(value, dict):
+    if name in sections and isinstance(value, dict):
+        if OmegaConf.select(tree, name) is None:
+            section, _, leaf = name.rpartition(".")
+            OmegaConf.update(tree, section, {leaf: {}}, merge=True)  # its defaults
+        for inner_name, inner_value in value.items():
+            _apply(tree, verb, f"{name}.{inner_name}", inner_value)
+        return
+    if name in sections and value is not None:
         inner = [k for k in known if k.startswith(f"{name}.")]
         raise ConfigError(name, value, "is a group of keys, not a value", f"{nearest(f'{name}.{value}', inner) or inner[0]}=...")
     parent = name.rpartition(".")[0]
@@ -332,6 +399,8 @@ def _apply(tree: Any, verb: str, name: str, value: Any) -> None:
         )
     try:
         OmegaConf.update(tree, name, value, merge=True)
+        if isinstance(OmegaConf.select(tree, name), bool) and str(value).isdigit() and int(value) > 1:
+            raise ConfigError(name, value, "must be true or false")
     except OmegaConfBaseException as e:
         raise ConfigError(name, value, _type_rule(e), "") from None
 
@@ -341,7 +410,7 @@ def _refuse_unknown(name: str, value: Any, known: list[str], tree: Any, verb: st
     groups = group_options() if verb == "train" else {}
     if verb == "train":
         for section, schemas in (("data", DATA_SCHEMAS), ("logger", LOGGER_SCHEMAS)):
-            owners = sorted(option for option, schema in schemas.items() if name in schema_keys(schema, f"{section}."))
+            owners = sorted(option for option, schema in schemas.items() if name in schema_keys(typing.cast(type, schema), f"{section}."))
             if owners:
                 chosen = tree[section].name
                 raise NotApplicable(
@@ -351,12 +420,29 @@ def _refuse_unknown(name: str, value: Any, known: list[str], tree: Any, verb: st
         group = nearest(name, groups)
         raise ConfigError(name, value, f"there is no such group or key; groups are {', '.join(groups)}", f"{group}={value}")
     leaf = name.rpartition(".")[2]
-    same_leaf = sorted((k for k in known if k.rpartition(".")[2] == leaf), key=lambda k: ".recommended." in k)
-    near = same_leaf[0] if same_leaf else nearest(name, known)
-    if near is None:
-        by_leaf = nearest(leaf, [k.rpartition(".")[2] for k in known])
-        near = next((k for k in known if k.rpartition(".")[2] == by_leaf), None)
-    raise ConfigError(name, value, "there is no such key", f"{near}={value}" if near else "python train.py --help")
+    if isinstance(value, dict):
+        group = nearest(name, {k.rpartition(".")[0] for k in known} - {""})
+        raise ConfigError(name, None, "there is no such group of keys", f"{group}={{...}}" if group else f"lorica {verb} --help")
+    if leaf in ELSEWHERE and verb == "train":
+        ours = ELSEWHERE[leaf]
+        raise ConfigError(name, value, "there is no such key", ours if "=" in ours else f"{ours}=...")
+    near = _nearest_key(name, known)
+    raise ConfigError(name, value, "there is no such key", f"{near}={value}" if near else f"lorica {verb} --help")
+
+
+def _nearest_key(name: str, known: list[str]) -> str | None:
+    """The key with the same last part, else the one most like it: of the same section, then of any."""
+    section, _, leaf = name.rpartition(".")
+    leaves: dict[str, str] = {}  # last part -> key; this section's first, the models' recommendations last
+    for k in sorted(known, key=lambda k: (k.rpartition(".")[0] != section, ".recommended." in k)):
+        leaves.setdefault(k.rpartition(".")[2], k)
+    if leaf in leaves:
+        return leaves[leaf]
+    own = [last for last, k in leaves.items() if k.rpartition(".")[0] == section]
+    if not own and (whole := nearest(name, known)):
+        return whole
+    near = nearest(leaf, own) or nearest(leaf, leaves)
+    return leaves[near] if near else None
 
 
 def _type_rule(error: Exception) -> str:
@@ -370,6 +456,8 @@ def _type_rule(error: Exception) -> str:
     ):
         if f"to {python}" in text:
             return f"must be {words}"
+    if "valid bool" in text:
+        return "must be true or false"
     if "Union" in text:
         return f"has the wrong type ({text})"
     if "not Optional" in text:
@@ -392,8 +480,9 @@ def _translate(error: BaseException) -> ConfigError:
     for e in chain:
         if isinstance(e, MissingConfigException):
             group, _, option = (e.missing_cfg_file or "").rpartition("/")
-            near = nearest(option, e.options or [])
-            return ConfigError(group or "config", option, f"must be one of {', '.join(e.options or [])}", f"{group}={near}" if near else "")
+            options = e.options or group_options().get(group, [])
+            near = nearest(option, options)
+            return ConfigError(group or "config", option, f"must be one of {', '.join(options)}", f"{group}={near}" if near else "")
         if isinstance(e, (ConfigKeyError, ConfigAttributeError)) and e.full_key:
             fields = (
                 [f.name for f in dataclasses.fields(e.object_type)] if e.object_type and dataclasses.is_dataclass(e.object_type) else []

@@ -92,6 +92,14 @@ def quiet_libraries() -> None:
     logging.disable(logging.WARNING)
 
 
+def quiet_transformers() -> None:
+    """transformers draws its bars by a switch of its own."""
+    from transformers.utils import logging as transformers_logging
+
+    if not os.environ.get("LORICA_VERBOSE"):
+        transformers_logging.disable_progress_bar()
+
+
 def short(n: float) -> str:
     """1,234 -> 1.2 k, 7,241,732,096 -> 7.24 B: at most three digits."""
     for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):

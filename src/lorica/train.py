@@ -36,6 +36,7 @@ from lorica.models.causal_lm import CausalLMModule  # noqa: E402
 from lorica.models.module import LoricaModule  # noqa: E402
 from lorica.models.sequence_classifier import SequenceClassifierModule  # noqa: E402
 
+GENERATION_BATCH = 32  # test prompts answered at once
 EVAL_TOKENS_FACTOR = 4  # evaluation keeps no activations: its batches may be larger
 
 
@@ -259,7 +260,7 @@ def _assemble(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardwar
     points = plan.validation_steps(t.val_check_interval)
     every = t.checkpoint_every_n_steps
     save_after = (lambda step: step % every == 0 or step == plan.steps) if every else set(points).__contains__
-    progress = cb.ShowProgress(run.screen.console, record, plan.steps, t.enable_progress_bar)
+    progress = cb.ShowProgress(run.screen, record, plan.steps, t.enable_progress_bar)
     parts: list[Callback] = [
         throughput,
         cb.SeedSteps(config.seed),
@@ -426,8 +427,8 @@ def _answer(run: Run, data: LoricaDataModule, module: LoricaModule, rows: list[d
     tokenizer = data.encoder.tokenizer
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: dict[int, str] = {}
-    for at in range(0, len(order), 16):
-        group = order[at : at + 16]
+    for at in range(0, len(order), GENERATION_BATCH):
+        group = order[at : at + GENERATION_BATCH]
         with torch.autocast(module.device.type, torch.bfloat16, enabled=module.device.type == "cuda"):
             generated = module.generate([prompts[i] for i in group], data.batching.pad_id, config.max_new_tokens)
         answers |= {i: tokenizer.decode(ids, skip_special_tokens=True).strip() for i, ids in zip(group, generated, strict=True)}

@@ -16,6 +16,7 @@ from lorica.checks import positions_of
 from lorica.config import ConfigError, ModelConfig, QuantizationSettings
 from lorica.hub import hub_errors, resolve_revision
 from lorica.kernels import attention
+from lorica.screen import quiet_transformers
 
 # Weights that a Python package carries, by the hub name of the same files: (package, folder in it, sha256 of model.safetensors).
 PACKAGED = {
@@ -176,6 +177,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     attention.register()
+    quiet_transformers()
     arguments: dict[str, Any] = {"config": config, "revision": base.revision, "dtype": dtype, "attn_implementation": attn}
     keep = [*((model.lora.modules_to_save or []) if model.lora else [])]
     if model.task == "sequence_classification":

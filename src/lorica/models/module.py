@@ -74,6 +74,16 @@ class LoricaModule(LightningModule):
         schedule = build_schedule(optimizer, self.optimizer_config, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the norm. Lightning refuses to clip for fused optimisers under autocast; without a gradient scaler there is no reason to."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None and gradient_clip_val is not None:
+            torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.grad is not None], gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Trainable weights only: the frozen base is loaded from its own files."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}

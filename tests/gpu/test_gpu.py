@@ -1,0 +1,77 @@
+"""On an NVIDIA GPU: padding-free batches equal padded ones, NF4 adapters train, and what was trained is what is predicted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorica.cli import main
+from lorica.data.collate import collate_causal
+from lorica.data.encoding import IGNORE, Encoded
+from lorica.kernels import attention
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+
+def _mistral(attn: str, window: int | None = None) -> torch.nn.Module:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    attention.register()
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        sliding_window=window,
+    )
+    model = MistralForCausalLM(config).to("cuda", torch.bfloat16)
+    model.set_attn_implementation(attn)
+    return model
+
+
+def _rows() -> list[Encoded]:
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for n in (5, 33, 64, 17):
+        ids = torch.randint(4, 512, (n,), generator=generator).tolist()
+        rows.append(Encoded(ids, [IGNORE] * (n // 2) + ids[n // 2 :]))
+    return rows
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_flat_logits_equal_padded_logits(window: int | None) -> None:
+    from lorica.config import OptimizerConfig
+    from lorica.models.causal_lm import CausalLMModule
+
+    logits = {}
+    for attn, padded in (("sdpa", True), (attention.NAME, False)):
+        module = CausalLMModule(_mistral(attn, window), OptimizerConfig(), 1).eval()
+        batch = collate_causal(_rows(), 3, padded)
+        batch = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        with torch.no_grad():
+            logits[attn] = module.logits_at(batch).float()
+    a, b = logits["sdpa"], logits[attention.NAME]
+    assert (a - b).norm() / a.norm() < 2e-2
+
+
+@pytest.mark.parametrize("data", ["sentiment", "healthcare_qa"])
+def test_a_4bit_model_trains_and_is_found_again(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    steps = ["trainer.max_epochs=4", "trainer.tokens_per_batch=1024", "trainer.gradient_checkpointing=true"]
+    with pytest.raises(SystemExit) as end:
+        main("train", ["model=tiny_mistral_qlora", f"data={data}", f"run_dir={run}", *steps])
+    assert end.value.code == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["test/loss"] < 8.0 and metrics["memory/peak_gib"] > 0
+    assert "varlen" in (run / "train.log").read_text()
+    capsys.readouterr()
+    row = json.loads((run / "predictions.jsonl").read_text().splitlines()[0])
+    with pytest.raises(SystemExit) as end:
+        main("predict", [f"run={run}", 'text="hello there"'])
+    assert end.value.code == 0 and capsys.readouterr().out.strip()
+    assert row["text"]
