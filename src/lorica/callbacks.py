@@ -130,10 +130,14 @@ class RecordLoss(Callback):
 
 
 class Evaluate(Callback):
-    """Figures of validation and test passes; a test pass also keeps each row's scores for predictions.jsonl."""
+    """Figures of validation and test passes; a test pass also keeps each row's scores for predictions.jsonl.
 
-    def __init__(self, labels: Sequence[str] | None) -> None:
-        self.labels = labels
+    Args:
+        after_test: called on rank 0 at the end of a test pass, while the model is still on its device.
+    """
+
+    def __init__(self, labels: Sequence[str] | None, after_test: Callable[[], None] = lambda: None) -> None:
+        self.labels, self.after_test = labels, after_test
         self.metrics: EvaluationMetrics | None = None
         self.figures: dict[str, float] = {}
         self.confusion: list[list[int]] | None = None
@@ -170,6 +174,8 @@ class Evaluate(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer, pl_module, "test")
+        if trainer.is_global_zero:
+            self.after_test()
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
         assert self.metrics is not None

@@ -28,7 +28,7 @@ from lorica.config import (
     TrainConfig,
     fill_recommended,
 )
-from lorica.secrets import redact
+from lorica.secrets import REDACTED, is_secret_name, redact
 
 OPTIONAL_GROUPS = ("experiment", "debug")  # null unless chosen
 FLAGS = ("help", "multirun", "cfg", "config-dir")
@@ -407,6 +407,8 @@ def _apply(tree: Any, verb: str, name: str, value: Any) -> None:
 
 def _refuse_unknown(name: str, value: Any, known: list[str], tree: Any, verb: str) -> NoReturn:
     """No such key: say which one was meant, or which choice would bring it."""
+    if is_secret_name(name):
+        raise ConfigError(name, REDACTED, "secrets are never part of a configuration", "WANDB_API_KEY or HF_TOKEN in the environment")
     groups = group_options() if verb == "train" else {}
     if verb == "train":
         for section, schemas in (("data", DATA_SCHEMAS), ("logger", LOGGER_SCHEMAS)):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorica.config import NotApplicable, WandbLoggerConfig
+from lorica.config import ConfigError, NotApplicable, WandbLoggerConfig
 from lorica.runs import write_json
 from lorica.screen import Screen
 
@@ -35,10 +35,10 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Readable and a valid folder name."""
+        """Readable, a valid folder name, and no other cell's."""
         text = ",".join(v.replace("model.lora.", "").replace("model=", "").replace("data=", "") for v in self.varied) or "only"
         slug = re.sub(r"[^\w.,=+-]+", "_", text)
-        return slug if len(slug) <= 100 else f"{slug[:88]}-{_digest(self.varied)}"
+        return slug if slug == text and len(slug) <= 100 else f"{slug[:88]}-{_digest(self.varied)}"
 
 
 def _digest(parts: Sequence[str]) -> str:
@@ -90,6 +90,8 @@ def plan_cells(overrides: Sequence[str], compose: Callable[[list[str]], Any]) ->
 
     Returns:
         (cells, what was left out, in words).
+    Raises:
+        ConfigError: for the first cell that can't run, and for keys that a grid sets itself.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -103,6 +105,8 @@ def plan_cells(overrides: Sequence[str], compose: Callable[[list[str]], Any]) ->
         except HydraException:
             compose([text])  # says what is wrong with it
             raise
+        if override.key_or_group in ("run_dir", "resume", "logger.run_name"):
+            raise ConfigError(override.key_or_group, override.get_value_string(), "a grid sets it for each of its runs", "leave it out")
         if override.is_sweep_override():
             swept.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
         else:
@@ -129,10 +133,10 @@ def plan_cells(overrides: Sequence[str], compose: Callable[[list[str]], Any]) ->
 
 def _run_cell(cell: Cell, run_dir: Path, group: str, compose: Callable[[list[str]], Any], config_dir: str | None) -> int:
     """One cell as a process of its own, which writes its own run folder and W&B run."""
-    added = [f"run_dir={json.dumps(str(run_dir))}", "resume=auto"]
+    added = [f"run_dir={json.dumps(str(run_dir), ensure_ascii=False)}", "resume=auto"]
     config = compose(cell.overrides)
     if isinstance(config.logger, WandbLoggerConfig):
-        added += [f"logger.group={config.logger.group or f'grid-{group}'}", f"logger.run_name={json.dumps(cell.name)}"]
+        added += [f"logger.group={config.logger.group or f'grid-{group}'}", f"logger.run_name={json.dumps(cell.name, ensure_ascii=False)}"]
     flags = ["--config-dir", config_dir] if config_dir else []
     environment = {
         **os.environ,

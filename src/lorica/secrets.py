@@ -8,28 +8,46 @@ from typing import Any
 
 REDACTED = "***"
 
-_SECRET_NAME = re.compile(r"(?i)(^|[._-])(api_?key|token|secret|password|passwd|credentials?)$")
+_WORDS = r"(?:api_?key|access_?key|private_?key|token|secret|password|passwd|credentials?)"
+_SECRET_NAME = re.compile(rf"(?i)(^|[._-]){_WORDS}$")
+_TOKENIZER_NAME = re.compile(r"(?i)(pad|eos|bos|unk|sep|cls|mask|eot|stop|start|special|image|next|first|last)_token$")
 # Formats published by their issuers: Hugging Face, W&B, OpenAI and Anthropic, GitHub, AWS, Google; and user:password@ in an address.
 _SECRET_VALUE = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bwandb_v\d_[A-Za-z0-9_]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
-    r"|\bgithub_pat_[A-Za-z0-9_]{20,}|\bAKIA[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"|\bgithub_pat_[A-Za-z0-9_]{20,}|\bAKIA[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
+    r"|(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{16,}"
 )
-_ASSIGNMENT = re.compile(r"(?i)([\w.\-]*(?:api_?key|token|secret|password|passwd)\s*[=:]\s*)([^\s,}\]]+)")
+_ASSIGNMENT = re.compile(rf"""(?i)(?<![\w.\-])([\w.\-]*{_WORDS})(["']?\s*[=:]\s*["']?)([^\s,}}\]"']+)""")
 _HARMLESS = {"", "null", "none", "true", "false", "0", "1", "***"}
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a key or an environment variable is called like a secret; a tokenizer's `pad_token` is none."""
+    return bool(_SECRET_NAME.search(name)) and not _TOKENIZER_NAME.search(name)
 
 
 def _from_environment() -> list[str]:
     """Values of environment variables whose names say that they are secret."""
-    found = {v for k, v in os.environ.items() if _SECRET_NAME.search(k) and len(v) >= 8}
+    found = {v for k, v in os.environ.items() if is_secret_name(k) and len(v) >= 8}
     return sorted(found, key=len, reverse=True)
+
+
+def _assigned(match: re.Match[str]) -> str:
+    """`name=value` without the value, where the name is a secret's and this isn't a sentence or a template (`Token: {text}`)."""
+    name, sign, value = match.groups()
+    if not is_secret_name(name) or value.lower() in _HARMLESS or value[0] in "{<[$":
+        return match[0]
+    prose = sign[0] not in "='\"" and re.fullmatch(r"(?i)token|secret|password|credentials?", name)
+    if prose and not (len(value) >= 6 and re.search(r"\d", value) and re.search(r"[A-Za-z]", value)):
+        return match[0]
+    return f"{name}{sign}{REDACTED}{':' if value[-1] == ':' else ''}"  # a message goes on after a colon
 
 
 def redact(text: str) -> str:
     """`text` with every known secret replaced by `***`: by format, by assignment to a secret's name, by the environment's values."""
     for value in _from_environment():
         text = text.replace(value, REDACTED)
-    text = _SECRET_VALUE.sub(REDACTED, text)
-    return _ASSIGNMENT.sub(lambda m: m[0] if m[2].strip("'\"").lower() in _HARMLESS else m[1] + REDACTED, text)
+    return _ASSIGNMENT.sub(_assigned, _SECRET_VALUE.sub(REDACTED, text))
 
 
 def redact_tree(node: Any, name: str = "") -> Any:
@@ -39,5 +57,5 @@ def redact_tree(node: Any, name: str = "") -> Any:
     if isinstance(node, (list, tuple)):
         return [redact_tree(v, name) for v in node]
     if isinstance(node, str):
-        return REDACTED if _SECRET_NAME.search(name) and node.lower() not in _HARMLESS else redact(node)
+        return REDACTED if is_secret_name(name) and node.lower() not in _HARMLESS else redact(node)
     return node

@@ -245,6 +245,7 @@ class Parts:
     evaluate: cb.Evaluate
     keep: cb.KeepBest
     progress: cb.ShowProgress
+    answers: list[str]  # generated during the test pass
 
 
 def _assemble(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine) -> tuple[LoricaModule, Trainer, Parts]:
@@ -255,7 +256,8 @@ def _assemble(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardwar
     has_validation = bool(data.eval_rows["validation"])
     throughput = cb.Throughput()
     record = cb.RecordLoss(throughput, t.log_every_n_steps, plan.steps, plan.epoch_at)
-    evaluate = cb.Evaluate(data.labels)
+    answers: list[str] = []
+    evaluate = cb.Evaluate(data.labels, lambda: answers.extend(_answers(run, data, module)) if data.generative else None)
     keep = cb.KeepBest("val/f1_macro" if data.labels else "val/loss", lambda: save_weights(run.weights, config, data, loaded, module))
     points = plan.validation_steps(t.val_check_interval)
     every = t.checkpoint_every_n_steps
@@ -303,7 +305,7 @@ def _assemble(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardwar
         use_distributed_sampler=False,
         default_root_dir=str(run.folder),
     )
-    return module, trainer, Parts(throughput, evaluate, keep, progress)
+    return module, trainer, Parts(throughput, evaluate, keep, progress, answers)
 
 
 def save_weights(folder: Path, config: TrainConfig, data: LoricaDataModule, loaded: Loaded, module: LoricaModule) -> None:
@@ -406,7 +408,10 @@ def _test(
             }
             row["probabilities"] = dict(zip(data.labels, probabilities, strict=True))
     elif data.generative:
-        _answer(run, data, module, rows, figures)
+        for row, example, answer in zip(rows, examples, parts.answers + [None] * len(rows), strict=False):
+            row |= {"reference": example.completion or example.messages[-1].content, "prediction": answer}
+        if parts.answers:
+            figures["test/rouge_l"] = metrics.rouge_l(parts.answers, [str(row["reference"]) for row in rows[: len(parts.answers)]])
     return rows
 
 
@@ -418,26 +423,19 @@ def _gather(rows: dict[int, list[float]], trainer: Trainer) -> dict[int, list[fl
     return {k: v for part in parts for k, v in part.items()}
 
 
-def _answer(run: Run, data: LoricaDataModule, module: LoricaModule, rows: list[dict[str, Any]], figures: dict[str, float]) -> None:
-    """Generate answers to the first test rows and score them by ROUGE-L."""
+def _answers(run: Run, data: LoricaDataModule, module: LoricaModule) -> list[str]:
+    """Generated answers to the first test rows, in order."""
     config: Any = run.config.data
     assert isinstance(module, CausalLMModule) and isinstance(data.encoder, CausalEncoder)
-    chosen = data.splits.test[: config.max_generated_examples]
-    prompts = [data.encoder.prompt_ids(e) for e in chosen]
+    prompts = [data.encoder.prompt_ids(e) for e in data.splits.test[: config.max_generated_examples]]
     tokenizer = data.encoder.tokenizer
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: dict[int, str] = {}
     for at in range(0, len(order), GENERATION_BATCH):
         group = order[at : at + GENERATION_BATCH]
-        with torch.autocast(module.device.type, torch.bfloat16, enabled=module.device.type == "cuda"):
-            generated = module.generate([prompts[i] for i in group], data.batching.pad_id, config.max_new_tokens)
+        generated = module.generate([prompts[i] for i in group], data.batching.pad_id, config.max_new_tokens)
         answers |= {i: tokenizer.decode(ids, skip_special_tokens=True).strip() for i, ids in zip(group, generated, strict=True)}
-    references = [e.completion or e.messages[-1].content for e in chosen]
-    for i, row in enumerate(rows):
-        example = data.splits.test[i]
-        row |= {"reference": example.completion or example.messages[-1].content, "prediction": answers.get(i)}
-    if chosen:
-        figures["test/rouge_l"] = metrics.rouge_l([answers[i] for i in range(len(chosen))], references)
+    return [answers[i] for i in range(len(prompts))]
 
 
 # ----------------------------------------------------------------------------------------------------- what is left behind

@@ -10,7 +10,7 @@ from torch import nn
 
 from lorica.checks import nearest
 from lorica.config import ConfigError, LoraSettings
-from lorica.kernels import nf4_lora
+from lorica.kernels import lora_linear
 
 
 def attach(model: Any, settings: LoraSettings, task: str, revision: str | None) -> Any:
@@ -84,9 +84,8 @@ def load(model: Any, folder: Path) -> Any:
 
 
 def _fast(model: Any) -> Any:
-    """The same modules, with the fast path's forwards where there are 4-bit layers."""
-    if getattr(model.get_base_model(), "is_loaded_in_4bit", False):
-        nf4_lora.install(model)
+    """The same modules, with the fast path's forwards."""
+    lora_linear.install(model)
     return model
 
 

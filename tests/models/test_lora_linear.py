@@ -1,47 +1,50 @@
-"""The 4-bit LoRA forward equals PEFT's own, gradients included; what it does not cover goes through PEFT's."""
+"""The fused LoRA forward equals PEFT's own, gradients included; what it does not cover goes through PEFT's."""
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 
 from lorica.config import LoraSettings
-from lorica.kernels import nf4_lora
+from lorica.kernels import lora_linear
 from lorica.models import adapters
 
 
 class _Net(torch.nn.Module):
-    """Two 4-bit linear layers as transformers would leave them."""
+    """Two linear layers, plain or in 4 bits as transformers would leave them."""
 
-    def __init__(self, bias: bool) -> None:
+    def __init__(self, bias: bool, four_bit: bool = True) -> None:
         super().__init__()
         from bitsandbytes.nn import Linear4bit
 
         torch.manual_seed(0)
-        self.up = Linear4bit(64, 128, bias=bias, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=True)
-        self.down = Linear4bit(128, 64, bias=bias, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=True)
+        linear: Any = torch.nn.Linear
+        if four_bit:
+            linear = functools.partial(Linear4bit, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=True)
+        self.up, self.down = linear(64, 128, bias=bias), linear(128, 64, bias=bias)
         self.to("cpu")
-        self.is_loaded_in_4bit = True
+        self.is_loaded_in_4bit = four_bit
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(torch.nn.functional.silu(self.up(x)))
 
 
-def _pair(bias: bool = False, **settings: Any) -> tuple[Any, Any]:
+def _pair(bias: bool = False, four_bit: bool = True, **settings: Any) -> tuple[Any, Any]:
     """The same adapted net twice: PEFT's forwards, and ours."""
     from peft import LoraConfig, get_peft_model
 
     nets = []
     for _ in range(2):
         torch.manual_seed(1)
-        base = _Net(bias)
+        base = _Net(bias, four_bit)
         net = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["up", "down"], **settings))
         torch.manual_seed(2)
         for name, p in net.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(p, std=0.2)
         nets.append(net)
-    assert nf4_lora.install(nets[1]) == 2
+    assert lora_linear.install(nets[1]) == 2
     return nets[0], nets[1]
 
 
@@ -54,10 +57,11 @@ def _run(net: Any, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tenso
     return y.detach(), {"x": x.grad, **{n: p.grad for n, p in net.named_parameters() if p.grad is not None}}
 
 
+@pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}])
-def test_outputs_and_gradients_equal_pefts(bias: bool, settings: dict[str, Any]) -> None:
-    plain, fast = _pair(bias, **settings)
+def test_outputs_and_gradients_equal_pefts(bias: bool, four_bit: bool, settings: dict[str, Any]) -> None:
+    plain, fast = _pair(bias, four_bit, **settings)
     x = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(4))
     (y0, g0), (y1, g1) = _run(plain, x), _run(fast, x)
     assert torch.allclose(y0, y1, atol=1e-5)
@@ -98,10 +102,10 @@ def test_under_autocast_the_output_has_the_autocast_type() -> None:
     assert (a.float() - b.float()).norm() < 2e-2 * a.float().norm()
 
 
-def test_attach_installs_it_on_four_bit_models_only() -> None:
+def test_attach_installs_it() -> None:
     adapted = adapters.attach(_with_config(_Net(False)), LoraSettings(r=4, target_modules=["up", "down"]), "causal_lm", None)
     layer = next(m for n, m in adapted.named_modules() if n.endswith("up") and hasattr(m, "lora_A"))
-    assert getattr(layer.forward, "func", None) is nf4_lora._forward
+    assert getattr(layer.forward, "func", None) is lora_linear._forward
 
 
 def _with_config(net: Any) -> Any:
