@@ -121,7 +121,7 @@ class Predictor:
         return [answers[i] for i in range(len(items))]
 
     def _autocast(self) -> Any:
-        device = self.module.device
+        device = self.trained.model.device
         dtype = self.trained.model.dtype
         return torch.autocast(
             device.type, dtype if dtype != torch.float32 else torch.bfloat16, enabled=device.type == "cuda" and dtype != torch.float32
@@ -129,7 +129,7 @@ class Predictor:
 
     def _labels(self, batch: dict[str, Any]) -> list[Answer]:
         assert self.labels is not None
-        batch = {k: v.to(self.module.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        batch = {k: v.to(self.trained.model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         with self._autocast():
             scores = self.module.evaluate(batch)["scores"]
         answers = []

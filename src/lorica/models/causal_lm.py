@@ -71,8 +71,8 @@ class CausalLMModule(LoricaModule):
             if checkpointing:
                 whole.gradient_checkpointing_disable()
             out = self.model.generate(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.to(self.device),
+                input_ids=ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=pad_id,
