@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lorica.data.batching import BatchPlan, cut_batches, evaluation_batches
 
-CHEAP = settings(max_examples=80, deadline=None, database=None)
+CHEAP = settings(max_examples=25, deadline=None, database=None)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def case(lengths: list[int], **options: Any) -> Case:
 
 @st.composite
 def cases(draw: st.DrawFn, min_rows: int = 1) -> Case:
-    rows = draw(st.lists(st.tuples(st.integers(1, 24), st.integers(0, 9)), min_size=min_rows, max_size=60))
+    rows = draw(st.lists(st.tuples(st.integers(1, 24), st.integers(0, 9)), min_size=min_rows, max_size=40))
     size = draw(st.one_of(st.integers(1, 5).map(lambda n: ("batch_size", n)), st.integers(16, 80).map(lambda n: ("tokens_per_batch", n))))
     return Case(
         tuple(length for length, _ in rows),
@@ -148,11 +148,22 @@ def test_full_windows_keep_the_budget_but_for_single_rows_that_are_longer(of: Ca
             assert not any(over_budget(of, rows) for rows in step_rows(plan, step))
 
 
-@pytest.mark.xfail(strict=True, reason="BatchPlan._spread deals the last rows by their sum of tokens and looks at no budget")
+SPREAD = "BatchPlan._spread deals the last rows by their sum of tokens and looks at no budget"
+BY_ROWS = case([1000, 1000, 1, 1, 1, 1, 1, 1], seed=0, batch_size=4, accumulate=3, max_epochs=1)
+BY_PADDED_TOKENS = case([21, 19, 23, 23, 1, 1], seed=0, tokens_per_batch=47, accumulate=4, padded=True, max_epochs=1)
+
+
+@pytest.mark.xfail(strict=True, reason=SPREAD)
+@pytest.mark.parametrize("of", [BY_ROWS, BY_PADDED_TOKENS], ids=["rows", "padded tokens"])
+def test_the_last_window_of_an_epoch_keeps_the_budget(of: Case) -> None:
+    plan = of.plan()
+    assert not any(over_budget(of, rows) for rows in step_rows(plan, plan.steps - 1))
+
+
+@pytest.mark.xfail(strict=True, reason=SPREAD)
 @CHEAP
 @given(cases())
-@example(case([1000, 1000, 1, 1, 1, 1, 1, 1], seed=0, batch_size=4, accumulate=3, max_epochs=1))
-@example(case([20, 20, 5, 1, 1, 1, 1, 1], seed=0, tokens_per_batch=20, padded=True, accumulate=4, group_by_length=True, max_epochs=1))
+@example(BY_ROWS)
 def test_every_window_keeps_the_budget(of: Case) -> None:
     plan = of.plan()
     assert not any(over_budget(of, rows) for step in range(plan.steps) for rows in step_rows(plan, step))
@@ -188,7 +199,7 @@ def test_two_plans_of_the_same_arguments_agree_in_any_order_of_access(of: Case, 
 
 
 @CHEAP
-@given(cases(min_rows=50), st.integers(0, 2**32 - 1))
+@given(cases(min_rows=30), st.integers(0, 2**32 - 1))
 def test_another_seed_or_epoch_gives_another_order(of: Case, seed: int) -> None:
     assume(seed != of["seed"])
     size = {"batch_size": 2, "tokens_per_batch": None, "world_size": 1, "max_epochs": 3}
@@ -265,6 +276,11 @@ def test_a_whole_interval_is_micro_batches_rounded_up_to_steps(of: Case, interva
     plan = of.plan()
     every = -(-interval // of["accumulate"])
     assert plan.validation_steps(interval) == sorted({*range(every, plan.steps + 1, every), plan.steps})
+
+
+def test_validating_every_three_micro_batches_of_windows_of_two_is_every_second_step() -> None:
+    plan = BatchPlan([5] * 40, [1] * 40, seed=0, batch_size=4, accumulate=2)
+    assert plan.steps == 5 and plan.validation_steps(3) == [2, 4, 5]
 
 
 @CHEAP
