@@ -32,10 +32,6 @@ from lorica.secrets import REDACTED, is_secret_name, redact
 
 OPTIONAL_GROUPS = ("experiment", "debug")  # null unless chosen
 FLAGS = ("help", "multirun", "cfg", "config-dir")
-# Hydra's own launcher, sweeper, logging and help serve `hydra.main`, not us: leaving them out halves the files read.
-HYDRA_UNUSED = tuple(
-    f"~hydra/{part}" for part in ("output", "launcher", "sweeper", "help", "hydra_help", "hydra_logging", "job_logging", "env")
-)
 RUNNERS = {"train": "lorica.train", "predict": "lorica.predict", "merge": "lorica.export"}
 USAGE = f"""usage: lorica VERB [group=option ...] [key=value ...]
 verbs: {", ".join(VERBS)}
@@ -54,6 +50,10 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> NoReturn
             if verb not in VERBS:
                 raise ConfigError("verb", verb, f"must be one of {', '.join(VERBS)}", f"lorica {nearest(verb, VERBS) or 'train'}")
         code = run(verb, args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except ConfigError as e:
         print(redact(f"lorica: {e}"), file=sys.stderr)
         code = 2
@@ -149,13 +149,11 @@ def _screen(verb: str, what: str, overrides: list[str], config_dir: str | None) 
     """`--cfg job`: what would run. `--help`: the groups, the flags and every key with its value now."""
     from omegaconf import OmegaConf
 
-    config = redact(
-        OmegaConf.to_yaml(
-            OmegaConf.structured(compose(verb, overrides, config_dir)) if what == "job" else compose_tree(verb, overrides, config_dir)
-        )
-    )
+    from lorica.runs import to_yaml
+
     if what == "job":
-        return config.rstrip()
+        return redact(to_yaml(compose(verb, overrides, config_dir))).rstrip()
+    config = redact(OmegaConf.to_yaml(compose_tree(verb, overrides, config_dir)))
     groups = (
         "".join(f"  {group}: {', '.join(options)}\n" for group, options in group_options(config_dir).items()) if verb == "train" else ""
     )
@@ -169,12 +167,20 @@ def _screen(verb: str, what: str, overrides: list[str], config_dir: str | None) 
 
 
 def _shell_completion(verb: str, args: list[str]) -> int:
-    """Hydra's own completion, given the schema's keys beside the YAML's."""
+    """Hydra's own completion, given every key of the schema beside the YAML's (untyped: all data sets' and loggers' keys at once)."""
     import hydra
     from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
 
+    keys = dict(schema_keys(VERBS[verb]))
+    for section, schemas in (("data", DATA_SCHEMAS), ("logger", LOGGER_SCHEMAS)) if verb == "train" else ():
+        for schema in schemas.values():
+            keys |= schema_keys(typing.cast(type, schema), f"{section}.")
+    node = OmegaConf.create()
+    for key in keys:
+        OmegaConf.update(node, key, None)
     store = ConfigStore.instance()
-    store.store(group="schema", name=verb, node=VERBS[verb])
+    store.store(group="schema", name=verb, node=node)
     store.store(name="completion", node={"defaults": [{"schema@_here_": verb}, verb]})
     sys.argv = [sys.argv[0], *args]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="completion")(lambda _: None)()
@@ -244,11 +250,14 @@ def _load_run(file: Path) -> Any:
 def _compose_yaml(verb: str, groups: list[str], config_dir: str | None) -> Any:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
 
+    # Hydra's own launcher, sweeper, logging and help serve `hydra.main`, not us: without them half as many files are read.
+    ConfigStore.instance().repo["hydra"]["config.yaml"].node.defaults = []
     search = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=verb):
-            return hydra_compose(verb, overrides=[*groups, *search, *HYDRA_UNUSED])
+            return hydra_compose(verb, overrides=[*groups, *search])
     except Exception as e:
         raise _translate(e) from None
 
@@ -257,7 +266,7 @@ def _schema(verb: str, loaded: Any) -> Any:
     """The verb's dataclass as a typed tree; `data` and `logger` by the dataclasses that the YAML names."""
     from omegaconf import OmegaConf
 
-    schema = OmegaConf.structured(VERBS[verb])
+    sections = {}
     if verb == "train":
         for section, key, schemas in (("data", "module", DATA_SCHEMAS), ("logger", "name", LOGGER_SCHEMAS)):
             kind = OmegaConf.select(loaded, f"{section}.{key}")
@@ -268,8 +277,8 @@ def _schema(verb: str, loaded: Any) -> Any:
                     f"must be one of {', '.join(schemas)}",
                     f"{section}.{key}={nearest(str(kind), schemas) or next(iter(schemas))}",
                 )
-            schema[section] = OmegaConf.structured(schemas[kind])
-    return schema
+            sections[section] = schemas[kind]()
+    return OmegaConf.structured(VERBS[verb](**sections))
 
 
 def _typed(tree: Any) -> Any:

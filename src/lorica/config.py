@@ -145,7 +145,7 @@ class DataConfig:
     validation_split: str | None = key(None, "name of the validation split on the hub; null: cut from another split")
     test_split: str | None = key("test", "name of the test split on the hub; null: cut from training")
     csv_columns: list[str] | None = key(None, "column names of a csv file that has no header line")
-    max_examples: int | None = key(None, "keep a seeded sample of this many rows before any is held out", unit="examples", low=4)
+    max_examples: int | None = key(None, "keep a fixed sample of this many rows before any is held out", unit="examples", low=4)
     max_train_examples: int | None = key(None, "train on a seeded sample of this many", unit="examples", low=1)
     max_validation_examples: int | None = key(None, "validate on a fixed sample of this many", unit="examples", low=1)
     max_test_examples: int | None = key(None, "test on a fixed sample of this many", unit="examples", low=1)

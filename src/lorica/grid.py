@@ -106,7 +106,7 @@ def plan_cells(overrides: Sequence[str], compose: Callable[[list[str]], Any]) ->
             compose([text])  # says what is wrong with it
             raise
         if override.key_or_group in ("run_dir", "resume", "logger.run_name"):
-            raise ConfigError(override.key_or_group, override.get_value_string(), "a grid sets it for each of its runs", "leave it out")
+            raise ConfigError(override.key_or_group, text.partition("=")[2] or None, "a grid sets it for each of its runs", "leave it out")
         if override.is_sweep_override():
             swept.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
         else:

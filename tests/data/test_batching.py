@@ -153,14 +153,12 @@ BY_ROWS = case([1000, 1000, 1, 1, 1, 1, 1, 1], seed=0, batch_size=4, accumulate=
 BY_PADDED_TOKENS = case([21, 19, 23, 23, 1, 1], seed=0, tokens_per_batch=47, accumulate=4, padded=True, max_epochs=1)
 
 
-@pytest.mark.xfail(strict=True, reason=SPREAD)
 @pytest.mark.parametrize("of", [BY_ROWS, BY_PADDED_TOKENS], ids=["rows", "padded tokens"])
 def test_the_last_window_of_an_epoch_keeps_the_budget(of: Case) -> None:
     plan = of.plan()
     assert not any(over_budget(of, rows) for rows in step_rows(plan, plan.steps - 1))
 
 
-@pytest.mark.xfail(strict=True, reason=SPREAD)
 @CHEAP
 @given(cases())
 @example(BY_ROWS)

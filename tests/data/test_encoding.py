@@ -199,13 +199,11 @@ def test_a_template_that_cannot_be_learnt_from_is_refused(template: str, rule: s
 CHATML_TOKENIZER = spaced_tokenizer(["user", "assistant", "hi", " there", "yes", "no"], CHATML)
 
 
-@pytest.mark.xfail(strict=True, reason="ChatML's line break after eos is learnt as part of the answer, and a second eos is added")
 def test_what_a_template_writes_after_eos_is_not_learnt() -> None:
     row = one(CausalEncoder(CHATML_TOKENIZER, 64), chat("hi there", "yes"))
     assert learnt(row, CHATML_TOKENIZER) == "- - - - - - - - - - yes </s>"
 
 
-@pytest.mark.xfail(strict=True, reason="where turns are dropped the row ends with the template's line break, not with eos")
 def test_eos_is_last_also_where_turns_of_such_a_template_are_dropped() -> None:
     row = one(CausalEncoder(CHATML_TOKENIZER, 16), chat("hi", "yes", "hi" + " there" * 9, "no"))
     assert words(row.ids, CHATML_TOKENIZER).endswith("yes </s>")
@@ -283,9 +281,6 @@ def test_there_is_one_bos_first_and_eos_after_every_answer(tokenizer: Any, examp
     assert row.ids[-1] == tokenizer.eos_token_id
 
 
-@pytest.mark.xfail(
-    strict=True, reason="prompt_ids has a token for a prompt's last space, which training rows join to the answer's first word"
-)
 def test_a_prompt_that_ends_in_a_space_is_asked_as_it_was_learnt() -> None:
     tokenizer = spaced_tokenizer(["Label:", "yes", " yes"])
     encoder = CausalEncoder(tokenizer, 32)
@@ -334,7 +329,6 @@ def test_whole_turns_are_dropped_from_too_long_a_conversation(tokenizer: Any) ->
     assert row == whole and truncation.turns == 1 and not truncation.prompts and not truncation.completions
 
 
-@pytest.mark.xfail(strict=True, reason="tokens_cut counts down to max_length, though dropping whole turns cuts more")
 def test_tokens_cut_counts_those_of_dropped_turns() -> None:
     truncation = Truncation()
     example = chat("a", "yes", "b c d e f g h", "no")
@@ -444,7 +438,6 @@ def test_candidates_of_too_long_a_prompt_keep_its_ends_and_the_label() -> None:
     assert read_out(row, 1) == ["<s> a b c h i j -> no"]
 
 
-@pytest.mark.xfail(strict=True, reason="the prompt is cut for each label on its own: labels of other lengths are scored after another text")
 def test_all_labels_of_too_long_a_prompt_are_scored_after_the_same_text() -> None:
     row = scored(PLAIN, ["yes", "not at all"], "a b c d e f g h i j", limit=8)
     assert len({read_out(row, label)[0].partition(" -> ")[0] for label in range(2)}) == 1

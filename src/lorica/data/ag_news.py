@@ -11,7 +11,7 @@ from lorica.data.module import BadRow
 from lorica.data.readers import Row
 
 # The published files lost the "&" of their entities: "Arsenal #39;s" stands for "Arsenal&#39;s".
-_BARE_ENTITY = re.compile(r" ?(#\d{2,4};)")
+_BARE_ENTITY = re.compile(r" ?(?<!&)(#[0-9]{2,4};|\b(?:quot|amp|lt|gt|nbsp|hellip|[mn]dash|[lr][sd]quo|apos);)")
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 
 

@@ -8,6 +8,7 @@ number over all micro-batches and ranks), exactly the loss of one large batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -103,8 +104,8 @@ class BatchPlan:
         else:
             points, start = set(), 0
             for end in self.epoch_ends:
-                parts = max(1, round(1 / interval))
-                points |= {start + max(1, round((end - start) * i / parts)) for i in range(1, parts + 1)}
+                parts = math.ceil(1 / interval - 1e-9)
+                points |= {start + max(1, round((end - start) * min(1.0, i * interval))) for i in range(1, parts + 1)}
                 start = end
         return sorted({p for p in points if p <= self.steps} | {self.steps})
 
@@ -118,7 +119,7 @@ class BatchPlan:
             batches = [batches[i] for i in rng.permutation(len(batches))]
         windows = [batches[i : i + per_window] for i in range(0, len(batches), per_window)]
         if len(windows[-1]) < per_window:
-            windows[-1] = self._spread([row for batch in windows[-1] for row in batch], per_window)
+            windows[-1] = self._spread(windows[-1], per_window)
         balanced = tuple(tuple(tuple(b) for b in self._balance(window)) for window in windows)
         return _Epoch(balanced, tuple(int(sum(self.supervised[list(b)].sum() for b in w if b)) for w in balanced))
 
@@ -135,14 +136,17 @@ class BatchPlan:
         """Rows in order into micro-batches within the size."""
         return cut_batches(self.lengths, order, self.batch_size, self.tokens_per_batch, self.padded)
 
-    def _spread(self, rows: list[int], parts: int) -> list[list[int]]:
-        """The last rows of an epoch over a whole window: longest first, always to the part with the fewest tokens."""
-        piles: list[list[int]] = [[] for _ in range(parts)]
-        load = [0] * parts
-        for row in sorted(rows, key=lambda r: -int(self.lengths[r])):
-            i = min(range(parts), key=lambda p: (load[p], p))
-            piles[i].append(row)
-            load[i] += int(self.lengths[row])
+    def _spread(self, batches: list[list[int]], parts: int) -> list[list[int]]:
+        """An epoch's last micro-batches as a whole window: the heaviest is halved until there are enough, so that none outgrows
+        its size; where single rows are left, the rest stay empty."""
+        piles = [list(b) for b in batches]
+        while len(piles) < parts:
+            heaviest = max(piles, key=lambda b: (len(b) > 1, int(self.lengths[b].sum()) if b else 0))
+            if len(heaviest) < 2:
+                return piles + [[] for _ in range(parts - len(piles))]
+            piles.remove(heaviest)
+            by_length = sorted(heaviest, key=lambda r: -int(self.lengths[r]))
+            piles += [by_length[::2], by_length[1::2]]
         return piles
 
     def _balance(self, window: list[list[int]]) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from lorica.config import ClassificationDataConfig, ConfigError
@@ -10,6 +11,7 @@ from lorica.data.module import BadRow, LoricaDataModule
 from lorica.data.readers import Row
 
 MOST_LABELS = 1000
+_NUMBER = re.compile(r"-?[0-9]+")
 
 
 class ClassificationData(LoricaDataModule):
@@ -28,7 +30,7 @@ class ClassificationData(LoricaDataModule):
         config = self.config
         if config.labels is not None:
             self.labels = list(config.labels)
-            written = config.label_values or []
+            values = config.label_values or self._numbers_beside(self.labels)
         else:
             found = {self._written(r.fields.get(config.label_column)) for r in rows["train"] if not r.fault} - {""}
             if not 2 <= len(found) <= MOST_LABELS:
@@ -38,13 +40,18 @@ class ClassificationData(LoricaDataModule):
                     f"has {len(found):,} different values in training; a label set has 2 to {MOST_LABELS}",
                     "another data.label_column",
                 )
-            self.labels, written = (
-                sorted(found, key=lambda v: (not v.lstrip("-").isdigit(), int(v) if v.lstrip("-").isdigit() else 0, v)),
-                [],
-            )
-        self._number = {name.casefold(): i for i, name in enumerate(self.labels)}
-        by_number = [] if written or config.labels is None else [str(i) for i in range(len(self.labels))]
-        self._number |= {value.casefold(): i for i, value in enumerate([*written, *by_number]) if value.casefold() not in self._number}
+            self.labels, values = sorted(found, key=lambda v: (not _NUMBER.fullmatch(v), int(v) if _NUMBER.fullmatch(v) else 0, v)), []
+        # How a label is written decides first as it stands, then without regard to case; values come before names.
+        self._number: dict[str, int] = {}
+        for spell in (str, str.casefold):
+            for names in (values, self.labels):
+                for i, name in enumerate(names):
+                    self._number.setdefault(spell(name), i)
+
+    @staticmethod
+    def _numbers_beside(labels: list[str]) -> list[str]:
+        """0, 1, ... may stand for the labels, unless a label is a number itself."""
+        return [] if any(_NUMBER.fullmatch(name) for name in labels) else [str(i) for i in range(len(labels))]
 
     @staticmethod
     def _written(value: Any) -> str:
@@ -62,7 +69,7 @@ class ClassificationData(LoricaDataModule):
         value = self._written(row.fields.get(self.config.label_column))
         if not value:
             raise BadRow(f"has no {self.config.label_column}")
-        number = self._number.get(value.casefold())
+        number = self._number.get(value, self._number.get(value.casefold()))
         if number is None:
             raise BadRow(f"has the unknown label {value[:40]!r}")
         text = self.text_of(row)

@@ -155,12 +155,12 @@ class CausalEncoder:
                     "the tokenizer's template rewrites earlier turns, so that answers can't be told apart",
                     "model.use_chat_template=false",
                 )
-            spans.append((len(before), len(upto)))
+            spans.append((len(before), len(upto.rstrip())))
         return _Rendered(text, spans)
 
     def _render_plain(self, turns: Sequence[Message]) -> _Rendered:
         if len(turns) == 2 and turns[0].role == "user":
-            prompt = turns[0].content
+            prompt = turns[0].content.rstrip(" ")
             gap = "" if prompt[-1:].isspace() or not prompt else " "
             return _Rendered(prompt + gap + turns[1].content, [(len(prompt), len(prompt) + len(gap) + len(turns[1].content))])
         text, spans = "", []
@@ -219,16 +219,17 @@ class CausalEncoder:
     ) -> tuple[list[int], list[int]]:
         """Whole turns first; else the middle of the prompt and the end of the answer, which keeps half of the length and its eos."""
         limit, eos = self.max_length, self.tokenizer.eos_token_id
-        truncation.tokens_cut += len(ids) - limit
         fitting = [end for _, end in answers if end <= limit]
         if fitting:
             truncation.turns += 1
             end = fitting[-1]
+            truncation.tokens_cut += len(ids) - end
             return ids[:end], labels[:end]
         start, end = answers[0] if answers else (len(ids), len(ids))
         answer, prompt = end - start, start
         keep_answer = min(answer, max(limit - prompt, limit // 2))
         keep_prompt = limit - keep_answer
+        truncation.tokens_cut += len(ids) - limit
         truncation.prompts += keep_prompt < prompt
         truncation.completions += keep_answer < answer
         head, tail = keep_prompt - keep_prompt // 2, keep_prompt // 2
@@ -245,7 +246,7 @@ class CausalEncoder:
         if self.chat:
             text = self._template(turns, generate=True)
         elif len(turns) == 1:
-            text = turns[0].content
+            text = turns[0].content.rstrip(" ")
         else:
             text = self._render_plain([*turns, Message("assistant", "")]).text.removesuffix(f" {self.tokenizer.eos_token}")
         ids = self._tokenize([text])[0][0]
@@ -264,6 +265,8 @@ class CausalEncoder:
             ids, offsets = self._tokenize([r.text for r in rendered])
             for i, example in enumerate(chunk):
                 group = [self._candidate(rendered[j], ids[j], offsets[j], self.label_names[j % k]) for j in range(i * k, i * k + k)]
+                longest = max(len(ids) - start for ids, start in group)  # all labels follow the same prompt, however long they are
+                group = [self._fit(ids, start, self.max_length - longest) for ids, start in group]
                 scored.append(_fewest_sequences(group, -1 if example.label is None else example.label, self.tokenizer.eos_token_id))
         return scored
 
@@ -277,8 +280,12 @@ class CausalEncoder:
             if a >= start - _lead(rendered.text, a, b, start) and b > a and a < at + len(name) and b > start
         ]
         first, last = inside[0], inside[-1] + 1
-        prompt = self._middle_cut(ids[:first], self.max_length - (last - first))
-        return prompt + ids[first:last], len(prompt)
+        return ids[:last], first
+
+    def _fit(self, ids: list[int], start: int, limit: int) -> tuple[list[int], int]:
+        """A candidate whose prompt (its first `start` tokens) is cut to `limit` tokens."""
+        prompt = self._middle_cut(ids[:start], max(1, limit))
+        return prompt + ids[start:], len(prompt)
 
 
 def _lead(text: str, a: int, b: int, start: int) -> int:

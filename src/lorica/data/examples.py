@@ -96,7 +96,7 @@ def split_examples(given: dict[str, list[Example]], config: DataConfig, seed: in
     training, rows of validation that stand in test from validation. `seed` chooses `data.max_train_examples` only.
 
     Raises:
-        ConfigError: when nothing is left to train or to test on.
+        ConfigError: when nothing is left to train on.
     """
     sources = dict.fromkeys(given, "given")
     train, validation, test = (list(given.get(split, [])) for split in SPLITS)

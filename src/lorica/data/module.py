@@ -98,6 +98,10 @@ class LoricaDataModule(LightningDataModule):
         rows = self._read()
         for split, of_split in rows.items():
             check_columns(of_split, self.columns(), f"the {split} file" if self.config.source == "files" else f"the {split} split")
+        for of_split in rows.values():
+            if of_split and all(row.fault for row in of_split):
+                self.faults = [(row.origin, row.fault) for row in of_split]
+                self._refuse_faults(len(of_split))
         self.prepare_rows(rows)
         examples = {split: list(self._convert(of_split)) for split, of_split in rows.items()}
         if self.faults and self.config.on_bad_rows == "refuse":

@@ -61,6 +61,8 @@ def _csv_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
             except StopIteration:
                 return
             except csv.Error as e:
+                if header is None:
+                    raise ConfigError("data.path", path, f"its header line is not csv ({e})", "mend the first line") from None
                 yield Row(origin, {}, f"is not csv ({e})")
                 continue
             if not cells:
@@ -74,11 +76,18 @@ def _csv_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
             yield Row(origin, dict(zip(header, cells, strict=True)), _undecodable(cells))
 
 
-def _undecodable(texts: Iterable[Any]) -> str:
-    for text in texts:
-        if isinstance(text, str):
+def _undecodable(values: Iterable[Any]) -> str:
+    """Why texts, also those inside lists and objects, can't be read, or ""."""
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str):
             try:
-                text.encode("utf-8")
+                value.encode("utf-8")
             except UnicodeEncodeError:
                 return "has bytes that are not UTF-8"
     return ""
@@ -111,7 +120,7 @@ def _json_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
     """A file that is one JSON list of objects; anything else is read line by line."""
     try:
         values = json.loads(path.read_text("utf-8-sig"))
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, list):
         yield from _jsonl_rows(path, columns)
@@ -128,8 +137,13 @@ def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
         file = pyarrow.parquet.ParquetFile(path)
         number = 0
         for batch in file.iter_batches(batch_size=4096):
-            for record in batch.to_pylist():
+            for i in range(batch.num_rows):
                 number += 1
+                try:
+                    record = batch.slice(i, 1).to_pylist()[0]
+                except UnicodeDecodeError:
+                    yield Row(f"{path.name}#{number}", {}, "has bytes that are not UTF-8")
+                    continue
                 yield _record(f"{path.name}#{number}", record)
     except pyarrow.ArrowException as e:
         raise ConfigError("data.path", path, f"is not a parquet file ({str(e).splitlines()[0]})") from None
@@ -145,6 +159,8 @@ def split_files(path: Path, name: str) -> dict[str, Path]:
     """
     if path.is_file():
         return {"train": path}
+    if not path.is_dir():
+        raise ConfigError("data.path", path, "there is no such file or folder")
     files = sorted(f for f in path.iterdir() if f.suffix.lower() in DATA_ENDINGS and f.is_file())
     found: dict[str, Path] = {}
     for split, words in SPLIT_NAMES.items():
@@ -154,7 +170,8 @@ def split_files(path: Path, name: str) -> dict[str, Path]:
         if matches:
             found[split] = matches[0]
     if "train" not in found:
-        named = [f for f in files if f.stem == name] or (files if len(files) == 1 else [])
+        spare = [f for f in files if f not in found.values()]
+        named = [f for f in spare if f.stem == name] or (spare if len(files) == 1 else [])
         if len(named) != 1:
             listing = ", ".join(f.name for f in files) or "no data file"
             raise ConfigError(
@@ -175,17 +192,12 @@ def check_columns(rows: Iterable[Row], needed: dict[str, str], where: str) -> No
     Raises:
         ConfigError: with the columns that are there and the nearest one.
     """
-    first = next((r for r in rows if not r.fault), None)
-    if first is None:
-        return
+    there = dict.fromkeys(column for row in rows if not row.fault for column in row.fields)
     for key, column in needed.items():
-        if column not in first.fields:
-            near = nearest(column, first.fields)
+        if there and column not in there:
+            listing = ", ".join(map(str, there))
             raise ConfigError(
-                key,
-                column,
-                f"{where} has no such column; it has {', '.join(map(str, first.fields))}",
-                f"{key}={near or next(iter(first.fields), '...')}",
+                key, column, f"{where} has no such column; it has {listing}", f"{key}={nearest(column, there) or next(iter(there))}"
             )
 
 
