@@ -221,29 +221,40 @@ class KeepBest(Callback):
 
 
 class Checkpoints(Callback):
-    """Resumable state after given optimiser steps: the newest stays, the one before goes when the newest is on the disk."""
+    """Resumable state after given optimiser steps: the newest stays, the one before goes when the newest is on the disk.
 
-    def __init__(self, folder: Path, steps: Callable[[int], bool]) -> None:
-        self.folder, self.steps = folder, steps
-        self.saved_at = 0
+    Where a step is also validated, the state is written after the validation, so that a resumed run does not miss it.
+
+    Args:
+        steps: whether to save after a step. validated: whether a step is followed by validation.
+    """
+
+    def __init__(self, folder: Path, steps: Callable[[int], bool], validated: Callable[[int], bool]) -> None:
+        self.folder, self.steps, self.validated = folder, steps, validated
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step
-        if step == self.saved_at or not self.steps(step) or (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        self.saved_at = step
-        path = self.folder / f"step-{step:09d}.ckpt"
+        whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if whole_step and self.steps(trainer.global_step) and not self.validated(trainer.global_step):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and self.steps(trainer.global_step):
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        path = self.folder / f"step-{trainer.global_step:09d}.ckpt"
         temporary = self.folder / f".{path.name}.tmp"
         self.folder.mkdir(parents=True, exist_ok=True)
         trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            for old in self.folder.glob("step-*.ckpt"):
-                if old != path:
-                    with contextlib.suppress(OSError):
-                        old.unlink()
+        if not trainer.is_global_zero:
+            return
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        for old in self.folder.glob("step-*.ckpt"):
+            if old != path:
+                with contextlib.suppress(OSError):
+                    old.unlink()
 
 
 LINE_SECONDS = 15.0  # between two lines of progress where no bar can be drawn

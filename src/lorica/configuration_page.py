@@ -39,9 +39,10 @@ python predict.py run=outputs/latest text="Late goal wins the cup"
 to `train`. Each combination of a grid is a process and a run folder of its own, under `outputs/grids/`; one that is finished is not
 run again, and a key is left out of combinations that have no use for it (`model.lora.r` with `model=minilm_full`).
 
-A later source wins: the schema's default, the YAML of the chosen groups, `experiment=`, `debug=`, the command line. A group named on
-the command line also wins over the one that an experiment chooses. Where `optimizer.name`, `optimizer.lr`, `optimizer.warmup_ratio`,
-the micro-batch's size or `trainer.gradient_checkpointing` is still null after that, `model.recommended` fills it in.
+A later source wins: the schema's default, the YAML of the chosen groups, `experiment=`, `debug=`, the keys on the command line. A
+group named on the command line takes the place of the one that an experiment chooses, but the values that the experiment or
+`debug=` sets still stand over its own (with `debug=fast`, `logger=wandb` has no effect). Where `optimizer.name`, `optimizer.lr`,
+`optimizer.warmup_ratio`, the micro-batch's size or `trainer.gradient_checkpointing` is null in the end, `model.recommended` fills it in.
 `resume=RUN_FOLDER` takes the run's own `config.yaml` in place of the groups.
 
 `--config-dir DIR` adds a folder laid out like `conf/`: `DIR/data/reviews.yaml` makes `data=reviews`. Its options stand beside those
@@ -69,7 +70,7 @@ Completion in bash, in the clone with its environment active: after
 eval "$(python train.py -sc install=bash)"
 ```
 
-the tab key completes the groups and their options in `python train.py ...`, for as long as the shell lives.
+the tab key completes groups, their options and keys after `python train.py`, and keys after `python predict.py`, in that shell.
 
 ## Groups
 """

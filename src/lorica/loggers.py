@@ -76,11 +76,11 @@ def _wandb(config: TrainConfig, settings: WandbLoggerConfig, run_dir: Path) -> t
         from lightning.pytorch.loggers import WandbLogger
 
         logger = WandbLogger(
-            project=settings.project,
-            name=settings.run_name or run_dir.name,
+            project=redact(settings.project),
+            name=redact(settings.run_name or run_dir.name),
             entity=settings.entity,
-            group=settings.group,
-            tags=settings.tags,
+            group=redact(settings.group) if settings.group else None,
+            tags=redact_tree(settings.tags),
             save_dir=str(run_dir),
             offline=mode == "offline",
             id=_run_id(run_dir),

@@ -88,7 +88,7 @@ def quiet_libraries() -> None:
         "POSSIBLE_USER_WARNINGS": "off",
     }.items():
         os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore")
+    warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
 
 

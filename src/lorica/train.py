@@ -129,11 +129,12 @@ def _train(run: Run) -> None:
         point_latest(run.folder)
     hardware.reset_peak_memory()
     module.train()
-    trainer.fit(module, datamodule=data, ckpt_path=str(run.resume_from) if run.resume_from else None, weights_only=True)
+    if data.resume_at < len(data.plan):  # else all was trained before, and only the test is missing
+        trainer.fit(module, datamodule=data, ckpt_path=str(run.resume_from) if run.resume_from else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     figures = parts.throughput.figures(trainer)
-    if parts.keep.best is None and run.main:
+    if parts.keep.best is None and run.main and not run.weights.exists():
         parts.keep.write()  # nothing was validated: the last weights are kept
     trainer.strategy.barrier()
     _load_best(run, module)
@@ -263,16 +264,9 @@ def _assemble(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardwar
     every = t.checkpoint_every_n_steps
     save_after = (lambda step: step % every == 0 or step == plan.steps) if every else set(points).__contains__
     progress = cb.ShowProgress(run.screen, record, plan.steps, t.enable_progress_bar)
-    parts: list[Callback] = [
-        throughput,
-        cb.SeedSteps(config.seed),
-        record,
-        cb.Checkpoints(run.folder / "checkpoints", save_after),
-        evaluate,
-    ]
+    parts: list[Callback] = [throughput, cb.SeedSteps(config.seed), record, evaluate]
     if has_validation:
         parts += [cb.ValidationPoints(points, t.accumulate_grad_batches), keep]
-    parts.append(progress)
     if t.early_stopping_patience is not None:
         if not has_validation:
             raise ConfigError(
@@ -283,6 +277,8 @@ def _assemble(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardwar
             )
         mode = "min" if keep.monitor.endswith("loss") else "max"
         parts.append(EarlyStopping(keep.monitor, patience=t.early_stopping_patience, mode=mode, check_on_train_epoch_end=False))
+    validated = set(points).__contains__ if has_validation else lambda step: False
+    parts += [cb.Checkpoints(run.folder / "checkpoints", save_after, validated), progress]
     trainer = Trainer(
         accelerator=machine.accelerator,
         devices=machine.devices,
