@@ -334,9 +334,10 @@ class MergeConfig:
     run: str = key("???", "run folder or adapter folder")
     output: str | None = key(None, "folder to write; null: <run>/merged")
     base: str | None = key(None, "load the base model from here instead of where it was at training time")
+    accelerator: str = key("auto", "where to merge; takes 4 bytes a weight there", choices=("auto", "cpu", "gpu", "cuda", "mps"))
     dtype: str = key(
         "auto",
-        "type of the merged weights; auto: bfloat16 for 4-bit bases, else that of the base",
+        "type of the merged weights; auto: bfloat16 for 4-bit bases, else the type they had in training",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
 

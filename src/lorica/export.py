@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorica.config import ConfigError, MergeConfig
+from lorica.config import ConfigError, MergeConfig, TrainerConfig
 from lorica.runs import TASK_FILE, replaced_folder, write_json
 from lorica.screen import Screen, quiet_libraries
 
@@ -14,6 +14,7 @@ quiet_libraries()
 
 import torch  # noqa: E402  (after the libraries' noise is off)
 
+from lorica import hardware  # noqa: E402
 from lorica.models.trained import load_trained  # noqa: E402
 
 
@@ -26,10 +27,10 @@ def run(config: MergeConfig) -> int:
     screen = Screen()
     source = Path(config.run).expanduser()
     target = Path(config.output).expanduser() if config.output else source / "merged"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained = load_trained(source, device, config.base, dequantize=True)
+    machine = hardware.choose(TrainerConfig(accelerator=config.accelerator, devices=1))
+    trained = load_trained(source, machine.device, config.base, dequantize=True)
     if trained.adapter is None:
-        raise ConfigError("run", config.run, "is a whole model already; there is nothing to merge", f"predict run={config.run}")
+        raise ConfigError("run", config.run, "is a whole model already; there is nothing to merge", "use it as it is")
     quantized = bool(trained.task.get("quantization"))
     kept = torch.bfloat16 if quantized else getattr(torch, trained.task.get("dtype") or "float32")
     dtype = kept if config.dtype == "auto" else getattr(torch, config.dtype)

@@ -20,21 +20,33 @@ from lorica.secrets import redact, redact_tree
 WANDB_HOST = "https://api.wandb.ai"
 
 
-def build_loggers(config: TrainConfig, run_dir: Path) -> tuple[list[Logger], str]:
+def build_loggers(config: TrainConfig, run_dir: Path, resumed_step: int | None) -> tuple[list[Logger], str]:
     """(the loggers, what to tell the user or "")."""
-    loggers: list[Logger] = [_csv(run_dir)]
+    loggers: list[Logger] = [_csv(run_dir, resumed_step)]
     if not isinstance(config.logger, WandbLoggerConfig):
         return loggers, ""
     wandb_logger, note = _wandb(config, config.logger, run_dir)
     return [*loggers, wandb_logger], note
 
 
-def _csv(run_dir: Path) -> CSVLogger:
-    """metrics.csv in the run folder; a resumed run goes on in the same file."""
+def _csv(run_dir: Path, resumed_step: int | None) -> CSVLogger:
+    """metrics.csv in the run folder. A resumed run goes on in the same file, after the rows up to the step it resumes from;
+    Lightning's writer would delete them."""
     file = run_dir / "metrics.csv"
-    header = next(csv.reader(file.open(newline="")), []) if file.is_file() else []
+    header: list[str] = []
+    kept: list[dict[str, str]] = []
+    if file.is_file() and resumed_step is not None:
+        with file.open(newline="") as f:
+            reader = csv.DictReader(f)
+            kept = [row for row in reader if int(float(row["step"])) <= resumed_step]
+            header = list(reader.fieldnames or [])
     logger = CSVLogger(save_dir=str(run_dir), name="", version="", flush_logs_every_n_steps=10**9)
     logger.experiment.metrics_keys = header
+    if kept:
+        with file.open("w", newline="") as f:
+            writer = csv.DictWriter(f, header)
+            writer.writeheader()
+            writer.writerows(kept)
     return logger
 
 
@@ -135,4 +147,4 @@ def finish_wandb(
                 artifact = wandb.Artifact(f"{run_dir.parent.name}-{run.id}".replace("/", "-"), type="model")
                 artifact.add_dir(str(weights))
                 run.log_artifact(artifact)
-        run.finish(exit_code=1 if failed else 0, quiet=True)
+        run.finish(exit_code=1 if failed else 0)

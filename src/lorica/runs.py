@@ -59,6 +59,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)  # some writers leave files that only their owner reads
                 with file.open("rb") as f:
                     os.fsync(f.fileno())
         if folder.exists():
@@ -107,6 +108,11 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest resumable state in a run folder."""
     found = sorted((folder / "checkpoints").glob("step-*.ckpt"))
     return found[-1] if found else None
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The optimiser step that a resumable state was written after."""
+    return int(checkpoint.stem.partition("-")[2])
 
 
 def start_run(folder: Path, config: TrainConfig, argv: list[str]) -> Path:

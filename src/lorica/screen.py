@@ -36,7 +36,7 @@ class Screen:
     def print(self, what: Any = "", **kwargs: Any) -> None:
         """Text (redacted, markup off) or a rich renderable."""
         if isinstance(what, str):
-            what, kwargs = redact(what), {"markup": False, **kwargs}
+            what, kwargs = redact(what), {"markup": False, "soft_wrap": True, **kwargs}
         self.console.print(what, **kwargs)
         if self._log is not None:
             self._log.print(what, **kwargs)
@@ -51,11 +51,11 @@ class Screen:
         self.print(title)
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
-            self.print(f"  {name:<{width}}  {value}", soft_wrap=True)
+            self.print(f"  {name:<{width}}  {value}")
 
     def note(self, text: str) -> None:
         """Something the user did not ask for but should know."""
-        self.print(f"  note: {text}", soft_wrap=True)
+        self.print(f"  note: {text}")
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
         """Two columns of figures."""

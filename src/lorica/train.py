@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorica.config import ClassificationDataConfig, ConfigError, TrainConfig
-from lorica.runs import TASK_FILE, choose_run_dir, point_latest, replaced_folder, start_run, write_json, write_text
+from lorica.config import ConfigError, TrainConfig
+from lorica.runs import TASK_FILE, checkpoint_step, choose_run_dir, point_latest, replaced_folder, start_run, write_json, write_text
 from lorica.screen import Screen, duration, quiet_libraries, short
 
 quiet_libraries()
@@ -78,7 +78,7 @@ def run(config: TrainConfig) -> int:
     the_run = Run(config, folder, screen, [], checkpoint, main)
     try:
         if main:
-            the_run.loggers, note = loggers.build_loggers(config, folder)
+            the_run.loggers, note = loggers.build_loggers(config, folder, checkpoint_step(checkpoint) if checkpoint else None)
             the_run.notes += [note] if note else []
         _train(the_run)
     except ConfigError:
@@ -145,8 +145,8 @@ def _train(run: Run) -> None:
     figures["time/total_seconds"] = time.perf_counter() - started
     _finish(run, data, parts, figures, predictions)
     screen.table(f"{config.data.name} with {config.model.name}", _closing_rows(figures))
-    screen.print(f"run folder  {run.folder}", soft_wrap=True)
-    screen.print(f"next        {_next_command(run, data)}", soft_wrap=True)
+    screen.print(f"run folder  {run.folder}")
+    screen.print(f"next        {_next_command(run, data)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- loading
@@ -509,7 +509,6 @@ def _closing_rows(figures: dict[str, float]) -> list[tuple[str, str]]:
 
 def _next_command(run: Run, data: LoricaDataModule) -> str:
     example = data.splits.test[0] if data.splits.test else data.splits.train[0]
-    text = (example.text or example.prompt or example.messages[0].content).replace('"', "'").replace("\n", " ")
-    if data.generative:
-        text = "..." if not isinstance(run.config.data, ClassificationDataConfig) and len(text) > 90 else text
+    text = example.text or (example.messages[0].content if example.messages else "...")
+    text = text.replace('"', "'").replace("\n", " ")
     return f'python predict.py run={run.folder} text="{text if len(text) <= 90 else text[:87] + "..."}"'

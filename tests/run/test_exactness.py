@@ -76,9 +76,7 @@ def test_wandb_records_offline_and_secrets_reach_nothing(tmp_path: Path, lorica:
     (tmp_path / "conf" / "logger" / "mine.yaml").write_text(f"name: wandb\nproject: p\ntags: [{planted[2]}, {planted[1]}]\n")
     run = tmp_path / "run"
     flag = f"logger.run_name=note-{planted[0]}"
-    code, printed = lorica(
-        "train", "--config-dir", str(tmp_path / "conf"), "debug=fast", "logger=mine", flag, f"run_dir={run}"
-    )
+    code, printed = lorica("train", "--config-dir", str(tmp_path / "conf"), "debug=fast", "logger=mine", flag, f"run_dir={run}")
     assert code == 0, printed
     assert "offline" in printed and list((run / "wandb").glob("offline-run-*/*.wandb"))
     for file in run.rglob("*"):

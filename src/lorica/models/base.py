@@ -191,7 +191,8 @@ def load_model(
         keep += ["classifier", "score"]
     else:
         keep += ["lm_head"]
-    config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer.pad_token_id < config.get_text_config().vocab_size:  # a new one gets its row below, after loading
+        config.pad_token_id = tokenizer.pad_token_id
     if quantization is not None and quantization.load_in_4bit:
         arguments["quantization_config"] = quantization_config(quantization, dtype, keep)
         arguments["device_map"] = {"": device}
@@ -204,6 +205,7 @@ def load_model(
     if len(tokenizer) > loaded.get_input_embeddings().weight.shape[0]:
         loaded.resize_token_embeddings(len(tokenizer))
         loaded.config.lorica_resized = True
+    loaded.config.pad_token_id = tokenizer.pad_token_id
     if getattr(loaded, "generation_config", None) is not None:
         loaded.generation_config.pad_token_id = tokenizer.pad_token_id
     return loaded
