@@ -236,15 +236,26 @@ def compose_tree(verb: str, args: Sequence[str], config_dir: str | None = None) 
 
 
 def _load_run(file: Path) -> Any:
-    from omegaconf import DictConfig, OmegaConf
+    """A run's config.yaml. It was written resolved: a `${` in it is text."""
+    import yaml
+    from omegaconf import OmegaConf
 
     try:
-        loaded = OmegaConf.load(file)
-    except Exception as e:
-        raise _translate(e) from None
-    if not isinstance(loaded, DictConfig) or not {"model", "data", "logger"} <= set(loaded):
+        saved = yaml.safe_load(file.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError("resume", file, f"is damaged ({str(e).splitlines()[0]})", "resume=auto") from None
+    if not isinstance(saved, dict) or not {"model", "data", "logger"} <= set(saved):
         raise ConfigError("resume", file, "is not the configuration of a run", "resume=auto")
-    return loaded
+    return OmegaConf.create(_literal(saved))
+
+
+def _literal(node: Any) -> Any:
+    """Plain values with interpolation marks escaped."""
+    if isinstance(node, dict):
+        return {k: _literal(v) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_literal(v) for v in node]
+    return node.replace("${", r"\${") if isinstance(node, str) else node
 
 
 def _compose_yaml(verb: str, groups: list[str], config_dir: str | None) -> Any:

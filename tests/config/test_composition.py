@@ -119,7 +119,7 @@ def test_every_debug_goes_with_every_model_and_logger(debug: str) -> None:
             assert config.trainer.max_steps in (2, 60)
             assert (config.trainer.tokens_per_batch, config.trainer.accumulate_grad_batches) == (None, 1)
     for logger in OPTIONS["logger"]:
-        assert compose(f"logger={logger}", f"debug={debug}").logger.name == ("none" if debug == "fast" else logger)
+        assert compose(f"logger={logger}", f"debug={debug}").logger.name == logger
 
 
 def test_the_shipped_default_needs_nothing_from_outside() -> None:
@@ -322,7 +322,6 @@ def test_a_run_folder_gives_its_configuration_back(args: list[str], tmp_path: Pa
     assert to_yaml(dataclasses.replace(again, resume=None, run_dir=None)) == to_yaml(config)
 
 
-@pytest.mark.xfail(strict=True, reason="config.yaml is written resolved and read as if it held interpolations")
 def test_a_dollar_and_a_brace_in_a_text_come_back(tmp_path: Path) -> None:
     config = compose(r"data.prompt_template='\${x} {text}'")
     assert config.data.prompt_template == "${x} {text}"

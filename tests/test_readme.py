@@ -1,0 +1,49 @@
+"""Every command of the README runs, or says that it needs a GPU or the hub and then at least composes."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def _commands() -> list[tuple[str, str]]:
+    """(command, its comment) of the block under `## Commands`."""
+    block = README.split("## Commands")[1].split("```")[1]
+    lines = [line.partition("  #") for line in block.splitlines() if line.startswith(("python ", "lorica "))]
+    return [(command.strip(), comment) for command, _, comment in lines]
+
+
+def _run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    words = shlex.split(command)
+    arguments = words[2:] if words[0] == "python" else words[1:]
+    program = [sys.executable, str(ROOT / words[1])] if words[0] == "python" else [sys.executable, "-m", "lorica"]
+    return subprocess.run([*program, *arguments], cwd=folder, capture_output=True, text=True, timeout=500, check=False)
+
+
+def test_the_readme_shows_commands_and_its_files_exist() -> None:
+    assert len(_commands()) >= 10
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize(("command", "comment"), [c for c in _commands() if re.search(r"\((GPU|hub)", c[1])])
+def test_commands_for_a_gpu_or_the_hub_compose(command: str, comment: str, tmp_path: Path) -> None:
+    done = _run(f"{command} --cfg job", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_other_commands_run_in_order(tmp_path: Path) -> None:
+    (tmp_path / "reviews.csv").write_text("text\nThe soup was cold\nLovely, all of it\n")
+    for command, comment in _commands():
+        if not re.search(r"\((GPU|hub)", comment):
+            done = _run(command, tmp_path)
+            assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert (tmp_path / "scored.csv").read_text().startswith("text,prediction,probability")
+    assert (tmp_path / "outputs" / "latest" / "merged" / "config.json").is_file()
