@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from lorica.config import ConfigError, TrainConfig
-from lorica.runs import TASK_FILE, checkpoint_step, choose_run_dir, point_latest, replaced_folder, start_run, write_json, write_text
+from lorica.runs import (
+    TASK_FILE,
+    checkpoint_step,
+    choose_run_dir,
+    last_checkpoint,
+    point_latest,
+    replaced_folder,
+    start_run,
+    write_json,
+    write_text,
+)
 from lorica.screen import Screen, duration, quiet_libraries, short
 
 quiet_libraries()
@@ -87,9 +97,10 @@ def run(config: TrainConfig) -> int:
         if main and not existed and config.run_dir is None:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         loggers.finish_wandb(the_run.loggers, folder, None, [], {}, failed=True)
-        screen.print(f"interrupted; go on with: python train.py resume={folder}")
+        saved = last_checkpoint(folder) is not None
+        screen.print(f"interrupted; go on with: python train.py resume={folder}" if saved else "interrupted before any state was saved")
         return 130
     except Exception as e:
         screen.log(traceback.format_exc())
