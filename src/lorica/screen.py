@@ -85,7 +85,6 @@ def quiet_libraries() -> None:
         "WANDB_SILENT": "true",
         "BITSANDBYTES_NOWELCOME": "1",
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-        "POSSIBLE_USER_WARNINGS": "off",
     }.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")

@@ -256,7 +256,6 @@ class Parts:
     throughput: cb.Throughput
     evaluate: cb.Evaluate
     keep: cb.KeepBest
-    progress: cb.ShowProgress
     answers: list[str]  # generated during the test pass
 
 
@@ -312,7 +311,7 @@ def _assemble(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardwar
         use_distributed_sampler=False,
         default_root_dir=str(run.folder),
     )
-    return module, trainer, Parts(throughput, evaluate, keep, progress, answers)
+    return module, trainer, Parts(throughput, evaluate, keep, answers)
 
 
 def save_weights(folder: Path, config: TrainConfig, data: LoricaDataModule, loaded: Loaded, module: LoricaModule) -> None:
