@@ -243,7 +243,9 @@ def _load_run(file: Path) -> Any:
     try:
         saved = yaml.safe_load(file.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError("resume", file, f"is damaged ({str(e).splitlines()[0]})", "resume=auto") from None
+        mark = getattr(e, "problem_mark", None)
+        where = f"line {mark.line + 1}: {e.problem}" if mark else str(e).splitlines()[0]  # type: ignore[union-attr]
+        raise ConfigError("resume", file, f"is damaged ({where})", "resume=auto") from None
     if not isinstance(saved, dict) or not {"model", "data", "logger"} <= set(saved):
         raise ConfigError("resume", file, "is not the configuration of a run", "resume=auto")
     return OmegaConf.create(_literal(saved))
