@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
 
-from lorica.cli import compose
+from lorica.composition import compose
 from lorica.data.registry import build_data
 from lorica.models.base import find_base
 

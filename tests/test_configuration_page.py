@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorica import config
-from lorica.cli import conf_dir, schema_keys
+from lorica.composition import conf_dir, schema_keys
 from lorica.configuration_page import page
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"

@@ -63,6 +63,10 @@ class Throughput(Callback):
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    def elapsed(self) -> float:
+        """Seconds of training until now, as the host sees them: the device is not waited for."""
+        return self.seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
+
     def pause(self) -> None:
         """Stop the clock."""
         if self._since is not None:
@@ -120,7 +124,7 @@ class RecordLoss(Callback):
             raise FloatingPointError(f"the training loss is {loss} at step {step}")
         self.history.append((step, loss))
         figures = {"train/loss": loss, "train/lr": float(trainer.optimizers[0].param_groups[0]["lr"]), "train/epoch": self.epoch_at(step)}
-        now = self.throughput.seconds + (time.perf_counter() - (self.throughput._since or time.perf_counter()))
+        now = self.throughput.elapsed()
         if self._mark is not None and now > self._mark[1]:
             figures["train/tokens_per_second"] = trainer.world_size * (self.throughput.tokens - self._mark[0]) / (now - self._mark[1])
         self._mark = (self.throughput.tokens, now)
@@ -133,11 +137,12 @@ class Evaluate(Callback):
     """Figures of validation and test passes; a test pass also keeps each row's scores for predictions.jsonl.
 
     Args:
-        after_test: called on rank 0 at the end of a test pass, while the model is still on its device.
+        answer: generates texts for test prompts; called on rank 0 at the end of a test pass, while the model is still on its device.
     """
 
-    def __init__(self, labels: Sequence[str] | None, after_test: Callable[[], None] = lambda: None) -> None:
-        self.labels, self.after_test = labels, after_test
+    def __init__(self, labels: Sequence[str] | None, answer: Callable[[], list[str]] | None = None) -> None:
+        self.labels, self.answer = labels, answer
+        self.answers: list[str] = []
         self.metrics: EvaluationMetrics | None = None
         self.figures: dict[str, float] = {}
         self.confusion: list[list[int]] | None = None
@@ -174,8 +179,8 @@ class Evaluate(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer, pl_module, "test")
-        if trainer.is_global_zero:
-            self.after_test()
+        if trainer.is_global_zero and self.answer is not None:
+            self.answers = self.answer()
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
         assert self.metrics is not None
@@ -276,7 +281,7 @@ class ShowProgress(Callback):
 
     def _rate(self) -> str:
         t = self.record.throughput
-        seconds = t.seconds + (time.perf_counter() - t._since if t._since is not None else 0.0)
+        seconds = t.elapsed()
         return f"{t.tokens / seconds:,.0f} tokens/s" if seconds > 0 else ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from lorica.cli import conf_dir
+from lorica.composition import conf_dir
 from lorica.config import DATA_SCHEMAS, LOGGER_SCHEMAS, VERBS, DataConfig, LoggerConfig
 
 HOW_TO = """# Configuration

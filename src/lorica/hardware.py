@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import resource
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from lorica import launch
 from lorica.config import ConfigError, TrainerConfig
 
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -64,16 +64,16 @@ def choose(trainer: TrainerConfig) -> Machine:
     if accelerator == "mps" and not mps:
         raise ConfigError("trainer.accelerator", accelerator, "this machine has no Apple GPU", "trainer.accelerator=auto")
     kind = "cpu" if accelerator == "cpu" or not (cuda or mps) else "cuda" if cuda else "mps"
-    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     devices, numbers = _devices(trainer.devices, kind)
     if kind == "cuda":
-        device = torch.device("cuda", numbers[local % len(numbers)])
+        device = torch.device("cuda", numbers[launch.local_rank() % len(numbers)])
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:
         device = torch.device(kind)
     world = len(numbers) * trainer.num_nodes
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", str(local)))) if world > 1 else 0
+    rank = launch.rank() if world > 1 else 0
+    launch.check_world(len(numbers), trainer.num_nodes)
     precision, notes = _precision(trainer.precision, device)
     return Machine({"cuda": "cuda", "mps": "mps", "cpu": "cpu"}[kind], devices, device, rank, world, precision, notes)
 

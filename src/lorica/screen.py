@@ -17,15 +17,24 @@ from lorica.secrets import redact
 
 
 class Screen:
-    """Prints to the terminal and, without colour, to a log file. Silent on ranks other than 0."""
+    """Prints to the terminal and, without colour, to a log file.
 
-    def __init__(self, log: Path | None = None, main: bool = True) -> None:
+    Ranks other than 0 are silent; what `log` and `fail` are given goes to a log file of their own, that is made when needed.
+    """
+
+    def __init__(self, log: Path | None = None, rank: int = 0) -> None:
+        self.rank = rank
         width = None if sys.stdout.isatty() else 110
-        self.console = Console(highlighter=NullHighlighter(), soft_wrap=False, width=width, quiet=not main)
+        self.console = Console(highlighter=NullHighlighter(), soft_wrap=False, width=width, quiet=rank > 0)
+        self._path = log if rank == 0 or log is None else log.with_name(f"{log.stem}.rank{rank}{log.suffix}")
         self._file: TextIO | None = None
         self._log: Console | None = None
-        if log is not None and main:
-            self._file = log.open("a", encoding="utf-8", buffering=1)
+        if rank == 0:
+            self._open()
+
+    def _open(self) -> None:
+        if self._path is not None and self._file is None:
+            self._file = self._path.open("a", encoding="utf-8", buffering=1)
             self._log = Console(file=self._file, width=110, highlighter=NullHighlighter(), color_system=None)
 
     @property
@@ -43,8 +52,18 @@ class Screen:
 
     def log(self, text: str) -> None:
         """To the file only: a traceback, say."""
+        self._open()
         if self._file is not None:
             self._file.write(redact(text).rstrip("\n") + "\n")
+
+    def fail(self, text: str, details: str) -> None:
+        """A line on the screen, whatever the rank, and the details in the log."""
+        self.log(details)
+        where = f" (the traceback is in {self._path})" if self._path is not None else ""
+        if self.rank == 0:
+            self.print(text + where)
+        else:
+            print(redact(f"rank {self.rank} {text}{where}"), file=sys.stderr)
 
     def facts(self, title: str, rows: list[tuple[str, str]]) -> None:
         """A title and `name  value` lines."""
@@ -70,7 +89,7 @@ class Screen:
         """Close the log file."""
         if self._file is not None:
             self._file.close()
-            self._file = self._log = None
+            self._path = self._file = self._log = None
 
 
 def quiet_libraries() -> None:

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from lorica import cli
+from lorica import cli, composition
 from lorica.checks import check
 from lorica.config import ConfigError, NotApplicable, TrainConfig, TrainerConfig, fill_recommended
 from lorica.runs import to_yaml
 
-OPTIONS = cli.group_options()
+OPTIONS = composition.group_options()
 CLASSIFIERS = {"minilm_lora", "minilm_full", "roberta_lora", "roberta_full", "roberta_qlora"}
 CAUSAL = {"mistral_lora", "mistral_qlora", "tiny_mistral_qlora"}
 UNLABELLED = {"chat", "healthcare_qa", "instruction"}
@@ -44,7 +44,7 @@ def choose(rows: Path, **groups: str) -> list[str]:
 
 
 def compose(*args: str) -> TrainConfig:
-    config = cli.compose("train", args)
+    config = composition.compose("train", args)
     assert isinstance(config, TrainConfig)
     return config
 
@@ -83,7 +83,7 @@ def test_all_of_model_data_trainer_and_logger(rows: Path) -> None:
     sections: dict[tuple[str, str], Any] = {}
     for group in ("model", "data", "trainer", "logger"):
         for option in OPTIONS[group]:
-            sections[group, option] = getattr(cli._typed(cli.compose_tree("train", choose(rows, **{group: option}))), group)
+            sections[group, option] = getattr(composition._typed(composition.compose_tree("train", choose(rows, **{group: option}))), group)
     refused = set()
     for number, options in enumerate(itertools.product(*(OPTIONS[g] for g in ("model", "data", "trainer", "logger")))):
         groups = dict(zip(("model", "data", "trainer", "logger"), options, strict=True))
@@ -139,8 +139,8 @@ def test_trainer_keys_said_to_be_lightnings_are_lightnings() -> None:
 
 
 def test_every_key_says_what_it_means() -> None:
-    for verb, schema in cli.VERBS.items():
-        for name, owner in cli.schema_keys(schema).items():
+    for verb, schema in composition.VERBS.items():
+        for name, owner in composition.schema_keys(schema).items():
             (field,) = (f for f in dataclasses.fields(owner) if f.name == name.rpartition(".")[2])
             assert field.metadata.get("meaning"), f"{verb}: {name}"
 
@@ -237,13 +237,13 @@ def test_values_have_the_types_of_the_schema() -> None:
 
 
 def test_the_yaml_is_the_packages_own_in_a_wheel_and_the_clones_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clone = cli.conf_dir()
+    clone = composition.conf_dir()
     assert (clone / "train.yaml").is_file() and clone == Path(__file__).resolve().parents[2] / "conf"
-    module = tmp_path / "site-packages" / "lorica" / "cli.py"
+    module = tmp_path / "site-packages" / "lorica" / "composition.py"
     shutil.copytree(clone, module.parent / "conf")
-    monkeypatch.setattr(cli, "__file__", str(module))
+    monkeypatch.setattr(composition, "__file__", str(module))
     monkeypatch.chdir(tmp_path)
-    assert cli.conf_dir() == module.parent / "conf"
+    assert composition.conf_dir() == module.parent / "conf"
     assert compose("model=roberta_lora").model.name == "roberta_lora"
     (module.parent / "conf" / "model" / "added.yaml").write_text("defaults: [roberta_lora, _self_]\nname: added\n", "utf-8")
     assert compose("model=added").model.name == "added"
@@ -270,10 +270,10 @@ def test_a_config_dir_adds_options_to_every_group(tmp_path: Path, capsys: pytest
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, "utf-8")
     args = ["experiment=mine", "trainer=short", "logger=team", "debug=one"]
-    config = cli.compose("train", args, str(tmp_path))
+    config = composition.compose("train", args, str(tmp_path))
     assert (config.model.name, config.model.lora.r, config.data.name, config.data.labels) == ("wide", 64, "tweets", ["bad", "good"])
     assert (config.seed, config.trainer.max_epochs, config.trainer.max_steps, config.logger.project) == (7, 1, 1, "ours")
-    assert "tweets" in cli.group_options(str(tmp_path))["data"] and "notes" not in cli.group_options(str(tmp_path))
+    assert "tweets" in composition.group_options(str(tmp_path))["data"] and "notes" not in composition.group_options(str(tmp_path))
     with pytest.raises(ConfigError, match="data=tweets: must be one of"):
         compose("data=tweets")
     for flag in (["--config-dir", str(tmp_path)], [f"-cd={tmp_path}"]):
@@ -290,7 +290,7 @@ def test_a_file_with_the_name_of_a_shipped_option_is_refused(tmp_path: Path) -> 
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "roberta_lora.yaml").write_text("name: roberta_lora\n", "utf-8")
     with pytest.raises(ConfigError, match="model=roberta_lora is an option of ours"):
-        cli.compose("train", [], str(tmp_path))
+        composition.compose("train", [], str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------ a run's own YAML
@@ -389,12 +389,12 @@ def test_cfg_job_shows_a_configuration_that_composes_to_itself(tmp_path: Path, c
 
 
 def test_help_names_every_group_option_and_key(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in cli.VERBS:
+    for verb in composition.VERBS:
         with pytest.raises(SystemExit) as end:
             cli.main(verb, ["--help"])
         assert end.value.code == 0
         shown = capsys.readouterr().out
-        for key in cli.schema_keys(cli.VERBS[verb]):
+        for key in composition.schema_keys(composition.VERBS[verb]):
             if not key.startswith(("model.quantization.", "data.", "logger.")):
                 assert f"{key.rpartition('.')[2]}:" in shown
         for group, options in OPTIONS.items() if verb == "train" else ():

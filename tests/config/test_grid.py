@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from lorica import cli, grid
+from lorica import cli, composition, grid
 from lorica.config import ConfigError, NotApplicable
 from lorica.grid import Cell, plan_cells, run_grid
 
@@ -21,7 +21,7 @@ Metrics = dict[str, float]
 
 
 def compose(cell: list[str]) -> Any:
-    return cli.compose("train", cell)
+    return composition.compose("train", cell)
 
 
 def varied(overrides: list[str]) -> list[tuple[str, ...]]:
@@ -130,7 +130,7 @@ class Runs:
         assert command[:4] == [sys.executable, "-m", "lorica", "train"] and not check
         assert str(Path(grid.__file__).parents[1]) in env["PYTHONPATH"].split(":")
         overrides, flags = cli._split(command[4:])
-        config = cli.compose("train", overrides, flags["config_dir"])
+        config = composition.compose("train", overrides, flags["config_dir"])
         self.commands.append(command)
         self.configs.append(config)
         result = self.metrics(config)

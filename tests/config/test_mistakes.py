@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lorica import cli
+from lorica import cli, composition
 from lorica.checks import ELSEWHERE, check_ranges, nearest, positions_of
 from lorica.config import TrainConfig
 
@@ -251,17 +251,17 @@ def test_remedies_are_accepted(workspace: Path, monkeypatch: pytest.MonkeyPatch)
         'data.prompt_template="Label {text}: "',
         "experiment=null | debug=null",
     ):
-        cli.compose("train", line.split(" | "))
+        composition.compose("train", line.split(" | "))
 
 
 def test_settings_given_for_a_null_group_fill_it_with_its_defaults() -> None:
-    lora = cli.compose("train", ["model=roberta_full", "model.lora={r:4,target_modules:[query]}"]).model.lora
+    lora = composition.compose("train", ["model=roberta_full", "model.lora={r:4,target_modules:[query]}"]).model.lora
     assert (lora.r, lora.lora_alpha, lora.target_modules) == (4, 32, ["query"])
-    assert cli.compose("train", ["model=mistral_lora", "model.quantization={}"]).model.quantization.load_in_4bit
+    assert composition.compose("train", ["model=mistral_lora", "model.quantization={}"]).model.quantization.load_in_4bit
 
 
 def test_a_key_of_other_programs_points_to_one_of_ours() -> None:
-    ours, groups = cli.schema_keys(TrainConfig), cli.group_options()
+    ours, groups = composition.schema_keys(TrainConfig), composition.group_options()
     for theirs, key in ELSEWHERE.items():
         group, _, option = key.partition("=")
         assert theirs.rpartition(".")[2] not in {k.rpartition(".")[2] for k in ours}
@@ -293,8 +293,8 @@ def test_positions_that_a_model_has(config: dict[str, object], positions: int | 
 
 
 def test_every_default_and_every_bound_is_in_its_range() -> None:
-    check_ranges(cli.compose("train", []))
-    check_ranges(cli.compose("predict", ["run=.", "text=hi"]))
+    check_ranges(composition.compose("train", []))
+    check_ranges(composition.compose("predict", ["run=.", "text=hi"]))
 
 
 def test_mistakes_and_help_are_shown_without_torch(workspace: Path) -> None:

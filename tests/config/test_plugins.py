@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lorica import cli
+from lorica import cli, composition
 from lorica.config import DATA_SCHEMAS, ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,8 +81,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def compose(*args: str) -> Any:
-    cli.register_plugins()
-    return cli.compose("train", args)
+    composition.register_plugins()
+    return composition.compose("train", args)
 
 
 def test_a_packages_data_set_composes_with_its_own_keys(site: Path) -> None:
@@ -123,8 +123,8 @@ def test_a_yaml_file_can_set_its_keys_under_another_name(site: Path, tmp_path: P
     install(site, GOOD)
     (tmp_path / "more" / "data").mkdir(parents=True)
     (tmp_path / "more" / "data" / "returns.yaml").write_text("defaults: [tickets]\nname: returns\nqueue: returns\n", "utf-8")
-    cli.register_plugins()
-    config = cli.compose("train", ["data=returns", "data.min_stars=2"], str(tmp_path / "more")).data
+    composition.register_plugins()
+    config = composition.compose("train", ["data=returns", "data.min_stars=2"], str(tmp_path / "more")).data
     assert (config.name, config.module, config.queue, config.min_stars) == ("returns", "tickets", "returns", 2)
 
 

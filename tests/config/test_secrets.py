@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lorica import cli
+from lorica import cli, composition
 from lorica.runs import to_yaml
 from lorica.secrets import REDACTED, is_secret_name, redact, redact_tree
 
@@ -169,7 +169,7 @@ def test_a_long_word_is_read_in_linear_time() -> None:
 
 
 def test_a_recorded_configuration_keeps_its_prompt_and_loses_its_secrets() -> None:
-    config = cli.compose("train", ["data.prompt_template='Which token: {text}, password: a or b?'", f"model.revision={HEX}"])
+    config = composition.compose("train", ["data.prompt_template='Which token: {text}, password: a or b?'", f"model.revision={HEX}"])
     config.data.hub_id = SECRETS["hugging face"]
     recorded = yaml.safe_load(to_yaml(config))
     assert recorded["data"]["prompt_template"] == "Which token: {text}, password: a or b?"

@@ -178,7 +178,13 @@ def cut_batches(lengths: np.ndarray, order: Sequence[int], batch_size: int | Non
 
 
 def evaluation_batches(lengths: Sequence[int], tokens: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
-    """Every row once, longest first, in padded batches of at most `tokens` tokens; each rank takes every world_size-th batch."""
+    """Every row once, longest first, in padded batches of at most `tokens` tokens; each rank takes every world_size-th batch.
+
+    Where there are at least as many rows as ranks, no rank is left without a batch.
+    """
     sizes = np.asarray(lengths, np.int64)
     order = [int(i) for i in np.argsort(-sizes, kind="stable")]
-    return cut_batches(sizes, order, None, tokens, padded=True)[rank::world_size] if order else []
+    batches = cut_batches(sizes, order, None, tokens, padded=True) if order else []
+    if len(batches) < world_size:
+        batches = [order[part::world_size] for part in range(min(world_size, len(order)))]
+    return batches[rank::world_size]

@@ -1,0 +1,420 @@
+"""From groups and overrides to typed configuration. The only file that knows Hydra; torch loads after every check.
+
+Groups are composed by Hydra; dotted overrides are then applied one by one to the typed tree, so that each mistake is named by its
+own key with the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import typing
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lorica.checks import ELSEWHERE, check, nearest
+from lorica.config import (
+    DATA_SCHEMAS,
+    LOGGER_SCHEMAS,
+    VERBS,
+    ConfigError,
+    DataConfig,
+    NotApplicable,
+    TrainConfig,
+    fill_recommended,
+)
+from lorica.secrets import REDACTED, is_secret_name
+
+OPTIONAL_GROUPS = ("experiment", "debug")  # null unless chosen
+
+
+def compose(verb: str, args: Sequence[str], config_dir: str | None = None) -> Any:
+    """Typed and checked configuration of one verb.
+
+    Args:
+        args: Hydra overrides, `group=option` and `key.path=value`.
+        config_dir: a folder with more YAML of the same groups.
+    Raises:
+        ConfigError, NotApplicable.
+    """
+    config = _typed(compose_tree(verb, args, config_dir))
+    if isinstance(config, TrainConfig):
+        fill_recommended(config)
+    check(config)
+    return config
+
+
+def compose_tree(verb: str, args: Sequence[str], config_dir: str | None = None) -> Any:
+    """The OmegaConf tree of a verb: schema, then YAML, then the dotted overrides, each checked as it is applied."""
+    from omegaconf import OmegaConf
+
+    groups, values = _parse(verb, args, config_dir)
+    resumed = next((v for k, v in values if k == "resume" and isinstance(v, str)), None) if verb == "train" else None
+    if resumed is not None and (Path(resumed) / "config.yaml").is_file():
+        if groups:
+            raise ConfigError(
+                "resume", resumed, f"restores the run's own configuration; {groups[0]} can't be chosen again", "a new run without resume"
+            )
+        if any(k == "run_dir" for k, _ in values):
+            raise ConfigError("run_dir", dict(values)["run_dir"], f"resume={resumed} goes on in that folder", "leave it out")
+        loaded = _load_run(Path(resumed) / "config.yaml")
+        values = [*values, ("run_dir", str(Path(resumed)))]
+    else:
+        loaded = _compose_yaml(verb, groups, config_dir)
+    try:
+        schema = _schema(verb, loaded)
+    except Exception as e:
+        raise _translate(e) from None
+    try:
+        tree = OmegaConf.merge(schema, loaded)
+    except Exception as e:
+        for name, value in typing.cast(dict[str, Any], OmegaConf.to_container(loaded)).items():
+            _apply(schema, verb, str(name), value)  # one by one: says which key, its value and the nearest valid one
+        raise _translate(e) from None
+    for name, value in values:
+        _apply(tree, verb, name, value)
+    return tree
+
+
+# ----------------------------------------------------------------------------------------------- where options come from
+
+
+def conf_dir() -> Path:
+    """The YAML folder: beside the package in an installed wheel, else at the top of the clone."""
+    packaged = Path(__file__).resolve().parent / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "conf"
+
+
+def register_plugins() -> None:
+    """Data modules of installed packages: their dataclass types and fills `data=NAME` (entry point `lorica.data_config`).
+
+    Raises:
+        ConfigError: a package's dataclass can't be used.
+    """
+    for plugin in entry_points(group="lorica.data_config"):
+        from hydra.core.config_store import ConfigStore
+
+        where = f"lorica.data_config:{plugin.name}"
+        try:
+            schema = plugin.load()
+        except Exception as e:
+            raise ConfigError(where, plugin.value, f"an installed package's data set can't be loaded ({e})", "pip uninstall it") from None
+        if not (isinstance(schema, type) and issubclass(schema, DataConfig)):
+            raise ConfigError(where, plugin.value, "must be a dataclass on lorica.config.DataConfig")
+        if DATA_SCHEMAS.setdefault(plugin.name, schema) is not schema:
+            raise ConfigError(where, plugin.value, f"data={plugin.name} exists already", "another name for the entry point")
+        ConfigStore.instance().store(group="data", name=plugin.name, node={"name": plugin.name, "module": plugin.name})
+
+
+def group_options(config_dir: str | None = None) -> dict[str, list[str]]:
+    """Options of each group, from the YAML folders and from installed packages.
+
+    Raises:
+        ConfigError: a file of `config_dir` has the name of one of ours, which Hydra would read in its place.
+    """
+    found: dict[str, set[str]] = {}
+    for file in conf_dir().glob("*/*.yaml"):
+        found.setdefault(file.parent.name, set()).add(file.stem)
+    for file in sorted(Path(config_dir).glob("*/*.yaml")) if config_dir else ():
+        group = file.parent.name
+        if file.stem in found.get(group, ()):
+            raise ConfigError("--config-dir", file, f"{group}={file.stem} is an option of ours", f"{file.with_stem('my_' + file.stem)}")
+        if group in found:
+            found[group].add(file.stem)
+    found["data"] |= set(DATA_SCHEMAS)  # a package's data set needs no YAML
+    return {group: sorted(options) for group, options in sorted(found.items())}
+
+
+def complete(verb: str, args: list[str]) -> int:
+    """Hydra's own completion, given every key of the schema beside the YAML's (untyped: all data sets' and loggers' keys at once)."""
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    keys = dict(schema_keys(VERBS[verb]))
+    for section, schemas in (("data", DATA_SCHEMAS), ("logger", LOGGER_SCHEMAS)) if verb == "train" else ():
+        for schema in schemas.values():
+            keys |= schema_keys(typing.cast(type, schema), f"{section}.")
+    node = OmegaConf.create()
+    for key in keys:
+        OmegaConf.update(node, key, None)
+    store = ConfigStore.instance()
+    store.store(group="schema", name=verb, node=node)
+    store.store(name="completion", node={"defaults": [{"schema@_here_": verb}, verb]})
+    sys.argv = [sys.argv[0], *args]
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="completion")(lambda _: None)()
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------- from text to a tree
+
+
+def _parse(verb: str, args: Sequence[str], config_dir: str | None) -> tuple[list[str], list[tuple[str, Any]]]:
+    """Split overrides into group choices (for Hydra) and (key, value) pairs (for us)."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    options = group_options(config_dir) if verb == "train" else {}
+    groups: list[str] = []
+    values: list[tuple[str, Any]] = []
+    parser = OverridesParser.create()
+    for text in args:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as e:
+            where, _, value = text.partition("=")
+            if "=" not in text:
+                group = next((g for g, names in options.items() if where in names), None)
+                raise ConfigError(where, None, "is not key=value", f"{group}={where}" if group else f"{where}=...") from None
+            why = str(e).splitlines()[0].partition(" expecting")[0]
+            raise ConfigError(where, value, f"can't be read ({why})", f"""'{where}="{value}"'""") from None
+        name = override.key_or_group
+        if override.is_delete():
+            instead = "..." if name in options and name not in OPTIONAL_GROUPS else "null"
+            raise ConfigError(f"~{name}", None, "keys can't be removed; every key of the schema has a value", f"{name}={instead}")
+        if override.package is not None:
+            raise ConfigError(f"{name}@{override.package}", override.value(), "groups stay where they are", f"{name}={override.value()}")
+        if override.is_sweep_override():
+            raise ConfigError(name, override.get_value_string(), "several values make a grid", f"-m {text}")
+        if name in options and not isinstance(override.value(), dict):
+            value = override.value()
+            if value not in options[name] and not (value is None and name in OPTIONAL_GROUPS):
+                near = nearest(str(value), options[name])
+                raise ConfigError(name, value, f"must be one of {', '.join(options[name])}", f"{name}={near or options[name][0]}")
+            if value is None:
+                groups = [g for g in groups if not g.startswith(f"{name}=")]
+            else:
+                groups.append(f"{name}={value}")
+        else:
+            values.append((name, override.value()))
+    return groups, values
+
+
+def _load_run(file: Path) -> Any:
+    """A run's config.yaml. It was written resolved: a `${` in it is text."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    try:
+        saved = yaml.safe_load(file.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f"line {mark.line + 1}: {e.problem}" if mark else str(e).splitlines()[0]  # type: ignore[union-attr]
+        raise ConfigError("resume", file, f"is damaged ({where})", "resume=auto") from None
+    if not isinstance(saved, dict) or not {"model", "data", "logger"} <= set(saved):
+        raise ConfigError("resume", file, "is not the configuration of a run", "resume=auto")
+    return OmegaConf.create(_literal(saved))
+
+
+def _literal(node: Any) -> Any:
+    """Plain values with interpolation marks escaped."""
+    if isinstance(node, dict):
+        return {k: _literal(v) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_literal(v) for v in node]
+    return node.replace("${", r"\${") if isinstance(node, str) else node
+
+
+def _compose_yaml(verb: str, groups: list[str], config_dir: str | None) -> Any:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+
+    # Hydra's own launcher, sweeper, logging and help serve `hydra.main`, not us: without them half as many files are read.
+    ConfigStore.instance().repo["hydra"]["config.yaml"].node.defaults = []
+    search = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=verb):
+            return hydra_compose(verb, overrides=[*groups, *search])
+    except Exception as e:
+        raise _translate(e) from None
+
+
+def _schema(verb: str, loaded: Any) -> Any:
+    """The verb's dataclass as a typed tree; `data` and `logger` by the dataclasses that the YAML names."""
+    from omegaconf import OmegaConf
+
+    sections = {}
+    if verb == "train":
+        for section, key, schemas in (("data", "module", DATA_SCHEMAS), ("logger", "name", LOGGER_SCHEMAS)):
+            kind = OmegaConf.select(loaded, f"{section}.{key}")
+            if kind not in schemas:
+                raise ConfigError(
+                    f"{section}.{key}",
+                    kind,
+                    f"must be one of {', '.join(schemas)}",
+                    f"{section}.{key}={nearest(str(kind), schemas) or next(iter(schemas))}",
+                )
+            sections[section] = schemas[kind]()
+    return OmegaConf.structured(VERBS[verb](**sections))
+
+
+def _typed(tree: Any) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        missing = sorted(OmegaConf.missing_keys(tree))
+        if missing:
+            raise ConfigError(missing[0], None, "must be given", f"{missing[0]}=...")
+        return OmegaConf.to_object(tree)
+    except OmegaConfBaseException as e:
+        raise _translate(e) from None
+
+
+# ----------------------------------------------------------------------------------------------------- keys and mistakes
+
+
+@functools.cache
+def schema_keys(schema: type, prefix: str = "") -> dict[str, type]:
+    """Every dotted leaf under a dataclass, optional sub-dataclasses included, with the type that holds it."""
+    keys: dict[str, type] = {}
+    hints = typing.get_type_hints(schema)
+    for f in dataclasses.fields(schema):
+        inner = [t for t in (hints[f.name], *typing.get_args(hints[f.name])) if dataclasses.is_dataclass(t)]
+        if inner:
+            keys.update(schema_keys(typing.cast(type, inner[0]), f"{prefix}{f.name}."))
+        else:
+            keys[f"{prefix}{f.name}"] = schema
+    return keys
+
+
+def _known_keys(tree: Any, verb: str) -> list[str]:
+    """Keys that the composed tree can take: those of the schema with the chosen data set's and logger's own."""
+    from omegaconf import OmegaConf
+
+    keys = dict(schema_keys(VERBS[verb]))
+    if verb == "train":
+        keys |= schema_keys(typing.cast(type, OmegaConf.get_type(tree.data)), "data.")
+        keys |= schema_keys(typing.cast(type, OmegaConf.get_type(tree.logger)), "logger.")
+    return list(keys)
+
+
+def _apply(tree: Any, verb: str, name: str, value: Any) -> None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    known = _known_keys(tree, verb)
+    sections = {k.rpartition(".")[0] for k in known} - {""}
+    if name not in known and name not in sections:
+        _refuse_unknown(name, value, known, tree, verb)
+    if name in sections and isinstance(value, dict):
+        if OmegaConf.select(tree, name) is None:
+            section, _, leaf = name.rpartition(".")
+            OmegaConf.update(tree, section, {leaf: {}}, merge=True)  # its defaults
+        for inner_name, inner_value in value.items():
+            _apply(tree, verb, f"{name}.{inner_name}", inner_value)
+        return
+    if name in sections and value is not None:
+        inner = [k for k in known if k.startswith(f"{name}.")]
+        raise ConfigError(name, value, "is a group of keys, not a value", f"{nearest(f'{name}.{value}', inner) or inner[0]}=...")
+    parent = name.rpartition(".")[0]
+    if parent and OmegaConf.select(tree, parent) is None:
+        chosen = OmegaConf.select(tree, "model.name") if parent.startswith("model.") else None
+        raise NotApplicable(
+            name, value, f"{parent} is null" + (f" in model={chosen}" if chosen else ""), f"leave it out, or set {parent}={{...}}"
+        )
+    try:
+        OmegaConf.update(tree, name, value, merge=True)
+        if isinstance(OmegaConf.select(tree, name), bool) and str(value).isdigit() and int(value) > 1:
+            raise ConfigError(name, value, "must be true or false")
+    except OmegaConfBaseException as e:
+        raise ConfigError(name, value, _type_rule(e), "") from None
+
+
+def _refuse_unknown(name: str, value: Any, known: list[str], tree: Any, verb: str) -> NoReturn:
+    """No such key: say which one was meant, or which choice would bring it."""
+    if is_secret_name(name):
+        raise ConfigError(name, REDACTED, "secrets are never part of a configuration", "WANDB_API_KEY or HF_TOKEN in the environment")
+    groups = group_options() if verb == "train" else {}
+    if verb == "train":
+        for section, schemas in (("data", DATA_SCHEMAS), ("logger", LOGGER_SCHEMAS)):
+            owners = sorted(option for option, schema in schemas.items() if name in schema_keys(typing.cast(type, schema), f"{section}."))
+            if owners:
+                chosen = tree[section].name
+                raise NotApplicable(
+                    name, value, f"is a key of {section}={'|'.join(owners)}, not of {section}={chosen}", f"{section}={owners[0]}"
+                )
+    if "." not in name and nearest(name, groups) and name not in groups and isinstance(value, str):
+        group = nearest(name, groups)
+        raise ConfigError(name, value, f"there is no such group or key; groups are {', '.join(groups)}", f"{group}={value}")
+    leaf = name.rpartition(".")[2]
+    if isinstance(value, dict):
+        group = nearest(name, {k.rpartition(".")[0] for k in known} - {""})
+        raise ConfigError(name, None, "there is no such group of keys", f"{group}={{...}}" if group else f"lorica {verb} --help")
+    if leaf in ELSEWHERE and verb == "train":
+        ours = ELSEWHERE[leaf]
+        raise ConfigError(name, value, "there is no such key", ours if "=" in ours else f"{ours}=...")
+    near = _nearest_key(name, known)
+    raise ConfigError(name, value, "there is no such key", f"{near}={value}" if near else f"lorica {verb} --help")
+
+
+def _nearest_key(name: str, known: list[str]) -> str | None:
+    """The key with the same last part, else the one most like it: of the same section, then of any."""
+    section, _, leaf = name.rpartition(".")
+    leaves: dict[str, str] = {}  # last part -> key; this section's first, the models' recommendations last
+    for k in sorted(known, key=lambda k: (k.rpartition(".")[0] != section, ".recommended." in k)):
+        leaves.setdefault(k.rpartition(".")[2], k)
+    if leaf in leaves:
+        return leaves[leaf]
+    own = [last for last, k in leaves.items() if k.rpartition(".")[0] == section]
+    if not own and (whole := nearest(name, known)):
+        return whole
+    near = nearest(leaf, own) or nearest(leaf, leaves)
+    return leaves[near] if near else None
+
+
+def _type_rule(error: Exception) -> str:
+    text = str(error).splitlines()[0]
+    for python, words in (
+        ("Integer", "a whole number"),
+        ("Float", "a number"),
+        ("Boolean", "true or false"),
+        ("String", "a text"),
+        ("List", "a list"),
+    ):
+        if f"to {python}" in text:
+            return f"must be {words}"
+    if "valid bool" in text:
+        return "must be true or false"
+    if "Union" in text:
+        return f"has the wrong type ({text})"
+    if "not Optional" in text:
+        return "can't be null"
+    if "not a list" in text.lower() or "ListConfig" in text:
+        return "must be a list, as [a,b]"
+    return text
+
+
+def _translate(error: BaseException) -> ConfigError:
+    """Hydra's and OmegaConf's exceptions as one ConfigError; what is neither is re-raised as it is."""
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+    if isinstance(error, ConfigError):
+        return error
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    for e in chain:
+        if isinstance(e, MissingConfigException):
+            group, _, option = (e.missing_cfg_file or "").rpartition("/")
+            options = e.options or group_options().get(group, [])
+            near = nearest(option, options)
+            return ConfigError(group or "config", option, f"must be one of {', '.join(options)}", f"{group}={near}" if near else "")
+        if isinstance(e, (ConfigKeyError, ConfigAttributeError)) and e.full_key:
+            fields = (
+                [f.name for f in dataclasses.fields(e.object_type)] if e.object_type and dataclasses.is_dataclass(e.object_type) else []
+            )
+            near = nearest(str(e.key), fields)
+            parent = str(e.full_key).rpartition(".")[0]
+            return ConfigError(str(e.full_key), None, "there is no such key", f"{parent}.{near}".lstrip(".") if near else "")
+        if isinstance(e, OmegaConfBaseException) and e.full_key:
+            return ConfigError(str(e.full_key), None, _type_rule(e))
+    if isinstance(error, (HydraException, OmegaConfBaseException)) or type(error).__module__.startswith(("yaml", "omegaconf", "hydra")):
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return ConfigError("configuration", None, "; ".join(lines[:3]) or type(error).__name__)
+    raise error

@@ -1,0 +1,94 @@
+"""The processes of one run: which of them this is, and what the first decides for all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+
+from lorica.config import ConfigError
+
+Environment = LightningEnvironment | SLURMEnvironment | TorchElasticEnvironment
+
+
+def environment() -> Environment:
+    """Who started the processes: torchrun, srun, or this program through Lightning."""
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if SLURMEnvironment.detect():
+        return SLURMEnvironment()
+    return LightningEnvironment()
+
+
+def rank() -> int:
+    """This process's number among all of the run, before and after they are connected."""
+    given = environment()
+    if isinstance(given, LightningEnvironment):  # it knows ranks only once its Trainer is built
+        return int(os.environ.get("LOCAL_RANK", "0"))
+    return given.global_rank()
+
+
+def local_rank() -> int:
+    """This process's number on its machine."""
+    given = environment()
+    return int(os.environ.get("LOCAL_RANK", "0")) if isinstance(given, LightningEnvironment) else given.local_rank()
+
+
+def check_world(devices: int, num_nodes: int) -> None:
+    """Refuse a number of processes that differs from what the configuration says.
+
+    Raises:
+        ConfigError: torchrun or srun started more or fewer than trainer.devices x trainer.num_nodes; several machines without them.
+    """
+    given = environment()
+    if isinstance(given, LightningEnvironment):
+        if num_nodes > 1:
+            raise ConfigError("trainer.num_nodes", num_nodes, "several machines are started by torchrun or srun, one process a device")
+        return
+    started = given.world_size()
+    if started != devices * num_nodes:
+        raise ConfigError(
+            "trainer.devices",
+            devices,
+            f"{started} processes were started from outside; trainer.devices x trainer.num_nodes is {devices * num_nodes}",
+            f"trainer.devices={started // num_nodes or 1}",
+        )
+
+
+def decided_once(decide: Callable[[], Any], accelerator: str) -> Any:
+    """`decide()` of rank 0, on every rank; what it raises is raised on every rank.
+
+    Where torchrun or srun started the processes they are connected here, and Lightning takes that connection over. Ranks that
+    rank 0's Lightning starts later never come here: they are told in their environment.
+    """
+    given = environment()
+    if isinstance(given, LightningEnvironment) or given.world_size() == 1:
+        return decide()
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            "nccl" if accelerator != "cpu" and torch.cuda.is_available() else "gloo",
+            init_method=f"tcp://{given.main_address}:{given.main_port}" if isinstance(given, SLURMEnvironment) else "env://",
+            rank=given.global_rank(),
+            world_size=given.world_size(),
+        )
+        if torch.distributed.get_backend() == "nccl":
+            torch.cuda.set_device(given.local_rank())
+    decision: list[Any] = [None, None]
+    if given.global_rank() == 0:
+        try:
+            decision = [decide(), None]
+        except ConfigError as e:
+            decision = [None, (e.where, e.value, e.rule, e.fix)]
+    torch.distributed.broadcast_object_list(decision, src=0)
+    if decision[1] is not None:
+        raise ConfigError(*decision[1])
+    return decision[0]
+
+
+def wait_for_all() -> None:
+    """Until every process that was started from outside is here too."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()

@@ -1,0 +1,77 @@
+"""The model of a run, made ready to train: base, tokenizer, weights, adapters; the data is encoded for it on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorica.config import TrainConfig
+from lorica.data.encoding import CausalEncoder, ClassifierEncoder
+from lorica.data.module import LoricaDataModule
+from lorica.hardware import Machine
+from lorica.kernels import attention
+from lorica.launch import wait_for_all
+from lorica.models import adapters, base
+
+
+@dataclass
+class Loaded:
+    """The model with its adapters, its tokenizer, and where it came from.
+
+    padded: batches must be padded, for there is no variable-length attention.
+    """
+
+    model: Any
+    tokenizer: Any
+    base: base.Base
+    attention: str
+    padded: bool
+
+
+def load(config: TrainConfig, data: LoricaDataModule, machine: Machine, folder: Path, main: bool) -> Loaded:
+    """Model and tokenizer on the machine's device, and `data` encoded for them, before the weights are read.
+
+    Args:
+        folder: the run's; a tiny Mistral is built there, by the main rank.
+    Raises:
+        ConfigError: a base that can't be had, or that can't do what is asked.
+    """
+    settings = config.model
+    name = settings.base
+    if name == base.TINY:
+        name = str(base.build_tiny_mistral(folder / "base", config.seed) if main else folder / "base")
+        wait_for_all()
+    found = base.find_base(name, settings.revision)
+    architecture = base.load_config(found, settings)
+    tokenizer = base.load_tokenizer(found)
+    causal = settings.task == "causal_lm"
+    data.encode(
+        CausalEncoder(tokenizer, settings.max_length, settings.use_chat_template, data.labels or ())
+        if causal
+        else ClassifierEncoder(tokenizer, settings.max_length)
+    )
+    flat_possible = causal and machine.compute_dtype != torch.float32
+    attn = base.attention_name(settings.attn_implementation, machine.device, flat_possible)
+    torch.manual_seed(config.seed)  # a classifier's head and the adapters start from here
+    model = base.load_model(
+        found,
+        settings,
+        architecture,
+        tokenizer,
+        device=machine.device,
+        dtype=machine.compute_dtype if settings.lora is not None else torch.float32,
+        labels=data.labels,
+        attn=attn,
+        quantization=settings.quantization if settings.quantization and settings.quantization.load_in_4bit else None,
+    )
+    if settings.lora is not None:
+        model = adapters.attach(model, settings.lora, settings.task, found.revision)
+        model.get_base_model().name_or_path = found.name
+        for active in model.peft_config.values():
+            active.base_model_name_or_path = found.name
+    if config.trainer.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Loaded(model, tokenizer, found, attn, padded=attn != attention.NAME)

@@ -1,0 +1,85 @@
+"""The weights that a run keeps: adapter/ or model/ with tokenizer, lorica.json and model card; written whole, and put back."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from lorica.config import TrainConfig
+from lorica.data.module import LoricaDataModule
+from lorica.models import adapters
+from lorica.models.base import Base
+from lorica.runs import TASK_FILE, replaced_folder, write_json, write_text
+
+
+def save(folder: Path, config: TrainConfig, data: LoricaDataModule, base: Base, tokenizer: Any, model: Any) -> None:
+    """Write adapter/ or model/: weights, tokenizer, lorica.json, at once."""
+    task = {
+        "task": config.model.task,
+        "base": base.name,
+        "revision": base.revision,
+        "labels": data.labels,
+        "max_length": config.model.max_length,
+        "use_chat_template": config.model.use_chat_template,
+        "data": config.data.name,
+        **data.describe(),
+        "weights": "adapter" if config.model.lora is not None else "model",
+        "quantization": dataclasses.asdict(config.model.quantization)
+        if config.model.quantization and config.model.quantization.load_in_4bit
+        else None,
+        "dtype": dtype_name(model),
+    }
+    with replaced_folder(folder) as new:
+        if config.model.lora is not None:
+            adapters.save(model, new)
+        else:
+            model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        write_json(new / TASK_FILE, task)
+        write_text(new / "README.md", _card(config, data, base))
+
+
+def load(folder: Path, model: Any) -> None:
+    """Put the weights of adapter/ or model/ back into the model that they were saved from."""
+    if (folder / "adapter_config.json").is_file():
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    else:
+        for file in sorted(folder.glob("*.safetensors")):
+            model.load_state_dict(load_file(file), strict=False)
+
+
+def dtype_name(model: Any) -> str:
+    """`bfloat16`, `float32`: of the weights that are not in 4 bits."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _card(config: TrainConfig, data: LoricaDataModule, base: Base) -> str:
+    lora = config.model.lora
+    kind = "LoRA adapter" if lora else "model"
+    load = (
+        f'PeftModel.from_pretrained(AutoModel....from_pretrained("{base.name}"), "<this folder>")'
+        if lora
+        else 'pipeline(..., model="<this folder>")'
+    )
+    card = [
+        "---",
+        f"base_model: {base.name}",
+        f"library_name: {'peft' if lora else 'transformers'}",
+        "---",
+        f"# {config.model.name} on {config.data.name}",
+        "",
+    ]
+    card += [f"A {kind} trained by Lorica on {len(data.splits.train):,} rows of {config.data.name} ({config.data.source}).", ""]
+    card += [
+        f"- Task: {config.model.task}" + (f", labels {', '.join(data.labels)}" if data.labels else ""),
+        f"- Load: `{load}`",
+        f"- Seed {config.seed}, learning rate {config.optimizer.lr:g}, longest sequence {config.model.max_length} tokens",
+    ]
+    if data.generative and "health" in config.data.name:
+        card += ["- Answers are not medical advice."]
+    return "\n".join(card) + "\n"

@@ -1,0 +1,64 @@
+"""Two processes train what one does: started by us, or all at once by torchrun."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("data.max_train_examples=48", "data.max_validation_examples=15", "data.max_test_examples=9", "trainer.max_epochs=1")
+PLAIN = ("model=tiny_mistral_qlora", "data=sentiment", "optimizer.name=sgd", "optimizer.lr=0.2", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu")
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def _train(folder: Path, *arguments: str, processes: int = 1, outside: bool = False) -> dict[str, Any]:
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-addr=127.0.0.1", f"--master-port={_free_port()}"]
+    devices = [f"trainer.devices={processes}", *(["trainer.strategy=ddp"] if processes > 1 else [])]
+    command = [sys.executable, *(torchrun if outside else []), str(ROOT / "train.py"), *SMALL, *PLAIN, *devices, *arguments]
+    done = subprocess.run(
+        [*command, *([] if outside else [f"run_dir={folder}"])],
+        cwd=folder.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("next ") == 1
+    run = folder.parent / "outputs" / "latest" if outside else folder
+    figures: dict[str, Any] = json.loads((run / "metrics.json").read_text())
+    assert len((run / "predictions.jsonl").read_text().splitlines()) == 9
+    with (run / "metrics.csv").open() as file:
+        figures["losses"] = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    return figures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outside", [False, True], ids=["ours", "torchrun"])
+def test_two_processes_train_what_one_does(tmp_path: Path, outside: bool) -> None:
+    """8 rows a step as 2 x 4 on one process and as 4 on each of two: the same figures up to rounding."""
+    batches = ["trainer.batch_size=4", "trainer.group_by_length=false"]
+    one = _train(tmp_path / "one", *batches, "trainer.accumulate_grad_batches=2")
+    two = _train(tmp_path / "two", *batches, processes=2, outside=outside)
+    assert one["losses"] == pytest.approx(two["losses"], rel=1e-4) and len(set(one["losses"])) == 6
+    assert two["test/loss"] == pytest.approx(one["test/loss"], rel=1e-4) and two["test/accuracy"] == one["test/accuracy"]
+
+
+@pytest.mark.slow
+def test_a_wrong_number_of_processes_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={_free_port()}", str(ROOT / "train.py")]
+    done = subprocess.run([*command, *SMALL, *PLAIN], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "trainer.devices=1: 2 processes were started from outside" in done.stderr
