@@ -49,13 +49,13 @@ def test_flat_logits_equal_padded_logits(window: int | None) -> None:
     from lorica.models.causal_lm import CausalLMModule
 
     logits = {}
-    for attn, padded in (("sdpa", True), (attention.NAME, False)):
+    for attn, padded in (("sdpa", True), (attention.VARLEN, False)):
         module = CausalLMModule(_mistral(attn, window), OptimizerConfig(), 1).eval()
         batch = collate_causal(_rows(), 3, padded)
         batch = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         with torch.no_grad():
             logits[attn] = module.logits_at(batch).float()
-    a, b = logits["sdpa"], logits[attention.NAME]
+    a, b = logits["sdpa"], logits[attention.VARLEN]
     assert (a - b).norm() / a.norm() < 2e-2
 
 

@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("data.max_train_examples=48", "data.max_validation_examples=15", "data.max_test_examples=9", "trainer.max_epochs=1")
-PLAIN = ("model=tiny_mistral_qlora", "data=sentiment", "optimizer.name=sgd", "optimizer.lr=0.2", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu")
+MODEL = ("model=tiny_mistral_qlora", "data=sentiment", "optimizer.name=sgd", "optimizer.lr=0.2")
+PLAIN = (*MODEL, "trainer.log_every_n_steps=1", "trainer.accelerator=cpu")
 
 
 def _free_port() -> int:

@@ -1,6 +1,7 @@
-"""Variable-length attention for sequences laid end to end, by torch's own kernel, through transformers' attention interface.
+"""Attention through transformers' interface: variable-length for sequences laid end to end; dense with fast dropout on CPUs.
 
-The model gets `cu_seq_lens_q` and `max_length_q` with its inputs (transformers' names); no mask is built.
+For the first, by torch's own kernel, the model gets `cu_seq_lens_q` and `max_length_q` with its inputs (transformers' names), and no
+mask is built. The second is what torch's scaled_dot_product_attention does on a CPU when there is dropout, with masks drawn faster.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from typing import Any
 
 import torch
 
-NAME = "lorica_varlen"
+from lorica.kernels import dropout as fast_dropout
+
+VARLEN = "lorica_varlen"
+DENSE = "lorica_dense"
 
 
 def varlen_available(device: torch.device) -> bool:
@@ -71,9 +75,59 @@ def varlen_attention(
     return out[None], None
 
 
-def register() -> None:
-    """Make `attn_implementation="lorica_varlen"` known to transformers, with no mask."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+def dense_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' sdpa attention; where weights are dropped, the same written out.
 
-    AttentionInterface.register(NAME, varlen_attention)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+    Args:
+        query: [B, heads, T, D]; key, value: [B, kv_heads, T, D]. attention_mask: [B or 1, 1, T, T], true where attended, or None.
+    Returns:
+        [B, T, heads, D] and no weights.
+    """
+    if dropout == 0 or not fast_dropout.covers(query) or kwargs.get("position_bias") is not None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        arguments = {"dropout": dropout, "scaling": scaling, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)  # type: ignore[no-any-return]
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if attention_mask is None and getattr(module, "is_causal", True) and query.shape[2] > 1:
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    scores = (query * (scaling if scaling is not None else query.shape[-1] ** -0.5)) @ key.transpose(2, 3)
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            attention_mask = torch.zeros_like(attention_mask, dtype=scores.dtype).masked_fill_(
+                ~attention_mask, torch.finfo(scores.dtype).min
+            )
+        scores += attention_mask
+    weights = scores.softmax(-1)
+    weights = weights * fast_dropout.mask(weights, dropout)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+def register() -> None:
+    """Make both names known to transformers: one with sdpa's masks, one with none."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, lambda *args, **kwargs: None)
+    AttentionInterface.register(DENSE, dense_attention)
+    AttentionMaskInterface.register(DENSE, sdpa_mask)
+
+
+def make_dense(model: Any) -> str:
+    """Let a loaded model use `dense_attention` where its architecture can; return the attention it has then."""
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if whole._can_set_attn_implementation():
+        whole.set_attn_implementation(DENSE)
+    return str(whole.config._attn_implementation)

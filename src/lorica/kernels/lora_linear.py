@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorica.kernels import dropout
+
 
 def _weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
     """W [out, in] of a frozen layer: as it is, or what its 4-bit codes stand for."""
@@ -34,7 +36,12 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, base: Any, scaling: float, p: float) -> torch.Tensor:
-        dropped, kept = torch.ops.aten.native_dropout(x, p, True) if p > 0 else (x, None)
+        dropped, kept = x, None
+        if p > 0 and dropout.covers(x):
+            kept = dropout.mask(x, p)  # scaled
+            dropped = x * kept
+        elif p > 0:
+            dropped, kept = torch.ops.aten.native_dropout(x, p, True)  # true or false
         down = dropped @ a.to(x.dtype).t()
         y = torch.addmm(x @ _weight(base, x.dtype).t(), down, b.to(x.dtype).t(), alpha=scaling)
         if base.bias is not None:
@@ -56,7 +63,9 @@ class _LoRALinear(torch.autograd.Function):
             if kept is None:
                 dx = torch.addmm(dx, gb, a.to(g.dtype))
             else:
-                dx += torch.ops.aten.native_dropout_backward(gb @ a.to(g.dtype), kept, 1.0 / (1.0 - ctx.p))
+                through = gb @ a.to(g.dtype)
+                scaled = kept.dtype != torch.bool
+                dx += through * kept if scaled else torch.ops.aten.native_dropout_backward(through, kept, 1.0 / (1.0 - ctx.p))
         return dx, da, db, None, None, None
 
 
@@ -81,8 +90,8 @@ def _forward(layer: Any, plain: Any, x: torch.Tensor, *args: Any, **kwargs: Any)
     assert name is not None
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    dropout = layer.lora_dropout[name]
-    p = dropout.p if isinstance(dropout, nn.Dropout) and layer.training else 0.0
+    drop = layer.lora_dropout[name]
+    p = drop.p if isinstance(drop, nn.Dropout) and layer.training else 0.0
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
     y: torch.Tensor = _LoRALinear.apply(flat, layer.lora_A[name].weight, layer.lora_B[name].weight, base, layer.scaling[name], p)
     return y.view(*x.shape[:-1], -1)

@@ -152,7 +152,7 @@ def attention_name(requested: str, device: torch.device, flat_possible: bool) ->
         reason = "is for causal models" if available else "needs an NVIDIA GPU from Ampere on"
         raise ConfigError("model.attn_implementation", "varlen", reason, "model.attn_implementation=auto")
     if requested in ("auto", "varlen"):
-        return attention.NAME if available and flat_possible else "sdpa"
+        return attention.VARLEN if available and flat_possible else "sdpa"
     return requested
 
 

@@ -12,7 +12,7 @@ from lorica.config import TrainConfig
 from lorica.data.encoding import CausalEncoder, ClassifierEncoder
 from lorica.data.module import LoricaDataModule
 from lorica.hardware import Machine
-from lorica.kernels import attention
+from lorica.kernels import attention, dropout
 from lorica.launch import wait_for_all
 from lorica.models import adapters, base
 
@@ -72,6 +72,10 @@ def load(config: TrainConfig, data: LoricaDataModule, machine: Machine, folder: 
         model.get_base_model().name_or_path = found.name
         for active in model.peft_config.values():
             active.base_model_name_or_path = found.name
+    if machine.device.type == "cpu":
+        dropout.install(model)
+        if attn == "sdpa" and settings.attn_implementation == "auto":
+            attn = attention.make_dense(model)
     if config.trainer.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Loaded(model, tokenizer, found, attn, padded=attn != attention.NAME)
+    return Loaded(model, tokenizer, found, attn, padded=attn != attention.VARLEN)

@@ -1,0 +1,77 @@
+"""Masks drawn by our own generator drop at the asked rate, follow torch's seed, and leave attention what it was otherwise."""
+
+import pytest
+import torch
+from torch import nn
+
+from lorica.kernels import attention, dropout
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
+def test_the_rate_and_the_mean_are_right(p: float) -> None:
+    torch.manual_seed(0)
+    n = 400_000
+    drawn = dropout.mask(torch.empty(n), p)
+    dropped = (drawn == 0).float().mean().item()
+    assert abs(dropped - p) < 5 * (p * (1 - p) / n) ** 0.5 + 1e-5
+    assert drawn.unique().tolist() == pytest.approx([0, 1 / (1 - p)], rel=1e-3)
+    neighbours = (drawn[1:] == 0) & (drawn[:-1] == 0)
+    assert neighbours.float().mean().item() == pytest.approx(p * p, abs=0.003)
+
+
+def test_torchs_seed_decides() -> None:
+    def draw() -> list[torch.Tensor]:
+        torch.manual_seed(7)
+        return [dropout.mask(torch.empty(3, 5, 7), 0.3) for _ in range(2)]
+
+    first, again = draw(), draw()
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], first[1])
+
+
+def test_all_or_nothing() -> None:
+    assert dropout.mask(torch.empty(10), 1.0).sum() == 0
+    net = nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.0))
+    assert dropout.install(net) == 2
+    x = torch.randn(8, 8)
+    assert torch.equal(net.eval()(x), x)
+    assert (net.train()(x) == 0).any()
+
+
+def test_a_checkpointed_layer_draws_the_same_again() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    net = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5), nn.Linear(16, 1))
+    dropout.install(net)
+    gradients = []
+    for again in (False, True):
+        net.zero_grad()
+        torch.manual_seed(3)
+        x = torch.ones(32, 16)
+        y = checkpoint(net, x, use_reentrant=False) if again else net(x)
+        y.sum().backward()
+        gradients.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_dense_attention_is_torchs_but_for_the_masks(causal: bool, masked: bool, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Module()
+    module.is_causal = causal  # type: ignore[assignment]
+    module.num_key_value_groups = 4 // kv_heads  # type: ignore[assignment]
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 6, 8, requires_grad=True)
+    k, v = torch.randn(2, kv_heads, 6, 8), torch.randn(2, kv_heads, 6, 8)
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    mask[1, :, :, 4:] = False
+    if causal:
+        mask &= torch.ones(6, 6, dtype=torch.bool).tril()
+    given = mask if masked else None
+    expected, _ = attention.dense_attention(module, q, k, v, given)
+    monkeypatch.setattr(dropout, "mask", lambda x, p: torch.ones_like(x))
+    ours, _ = attention.dense_attention(module, q, k, v, given, dropout=0.1)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    seen = [torch.autograd.grad(x.square().sum(), q)[0] for x in (ours, expected)]
+    torch.testing.assert_close(*seen, rtol=1e-5, atol=1e-5)
