@@ -90,16 +90,21 @@ class Predictor:
     @torch.inference_mode()
     def answer(self, examples: Sequence[Example], batch_size: int, done: Callable[[int], None] = lambda n: None) -> list[Answer]:
         """Answers in the order of the examples; batches are made by length. done: called with the size of each finished batch."""
+        padded = self.trained.padded
         if isinstance(self.encoder, ClassifierEncoder):
             encoded: Sequence[Any] = self.encoder.encode(examples, Truncation())
             return self._by_length(
-                encoded, [len(e.ids) for e in encoded], batch_size, done, lambda rows: self._labels(collate_classifier(rows, self.pad_id))
+                encoded,
+                [len(e.ids) for e in encoded],
+                batch_size,
+                done,
+                lambda rows: self._labels(collate_classifier(rows, self.pad_id, padded)),
             )
         if self.labels:
             encoded = self.encoder.candidates(examples)
             lengths = [sum(map(len, c.sequences)) for c in encoded]
             return self._by_length(
-                encoded, lengths, batch_size, done, lambda rows: self._labels(collate_candidates(rows, self.pad_id, padded=True))
+                encoded, lengths, batch_size, done, lambda rows: self._labels(collate_candidates(rows, self.pad_id, padded))
             )
         prompts = [self.encoder.prompt_ids(e) for e in examples]
         return self._by_length(prompts, [len(p) for p in prompts], batch_size, done, self._write)

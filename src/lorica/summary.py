@@ -37,9 +37,13 @@ def plan_facts(config: TrainConfig, data: LoricaDataModule, loaded: Loaded, mach
     ]
 
 
-def plan_notes(config: TrainConfig, data: LoricaDataModule, machine: hardware.Machine) -> list[str]:
+def plan_notes(config: TrainConfig, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine) -> list[str]:
     """What the user did not ask for but should know."""
     notes = []
+    architecture = loaded.model.config
+    rate = getattr(architecture, "attention_probs_dropout_prob", getattr(architecture, "attention_dropout", 0.0))
+    if rate and not loaded.padded:
+        notes.append(f"variable-length attention has no dropout: the model's {rate:g} is left out; model.attn_implementation=sdpa keeps it")
     _, why = optimizers.effective_name(str(config.optimizer.name), machine.device)
     if why:
         notes.append(why)

@@ -263,7 +263,7 @@ def _announce(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardwar
     """What will run, on the screen, before it does."""
     where = str(run.folder) + (f", resumed at micro-step {data.resume_at}" if run.resume_from else "")
     run.screen.facts("lorica train", [("run", where), *summary.plan_facts(run.config, data, loaded, machine)])
-    for note in [*run.notes, *summary.plan_notes(run.config, data, machine)]:
+    for note in [*run.notes, *summary.plan_notes(run.config, data, loaded, machine)]:
         run.screen.note(note)
 
 

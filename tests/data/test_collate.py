@@ -86,6 +86,9 @@ def test_a_classifiers_batch_is_exact() -> None:
     assert same(right["input_ids"], [[1, 5, 2], [1, 2, 9]]) and same(right["attention_mask"], [[1, 1, 1], [1, 1, 0]])
     assert same(left["input_ids"], [[1, 5, 2], [9, 1, 2]]) and same(left["attention_mask"], [[1, 1, 1], [0, 1, 1]])
     assert same(right["labels"], [2, 0])
+    flat_batch = collate_classifier(rows, 9, padded=False)
+    assert set(flat_batch) == {"input_ids", "position_ids", "cu_seqlens", "max_seqlen", "labels"}
+    assert same(flat_batch["input_ids"], [[1, 5, 2, 1, 2]]) and same(flat_batch["labels"], [2, 0])
 
 
 def test_a_batch_of_candidates_is_exact() -> None:

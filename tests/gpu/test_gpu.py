@@ -59,6 +59,28 @@ def test_flat_logits_equal_padded_logits(window: int | None) -> None:
     assert (a - b).norm() / a.norm() < 2e-2
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_flat_encoders_equal_padded_ones(kind: str) -> None:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from lorica.config import OptimizerConfig
+    from lorica.data.collate import collate_classifier
+    from lorica.models.sequence_classifier import SequenceClassifierModule
+
+    attention.register()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, num_hidden_layers=3, hidden_size=256, num_attention_heads=4, intermediate_size=512, pad_token_id=1)
+    model = AutoModelForSequenceClassification.from_config(config).to("cuda", torch.bfloat16).eval()
+    logits = []
+    for attn, padded in (("sdpa", True), (attention.VARLEN, False)):
+        model.set_attn_implementation(attn)
+        batch = collate_classifier(_rows(), 1, padded)
+        batch = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        with torch.no_grad():
+            logits.append(SequenceClassifierModule(model, OptimizerConfig(), 1).logits(batch))
+    assert (logits[0] - logits[1]).norm() / logits[0].norm() < 2e-2
+
+
 @pytest.mark.parametrize("data", ["sentiment", "healthcare_qa"])
 def test_a_4bit_model_trains_and_is_found_again(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"

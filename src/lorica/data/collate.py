@@ -67,10 +67,15 @@ def collate_causal(rows: Sequence[Encoded], pad_id: int, padded: bool) -> dict[s
     return batch
 
 
-def collate_classifier(rows: Sequence[Encoded], pad_id: int, left: bool = False) -> dict[str, Any]:
-    """input_ids and attention_mask int64 [B, T], labels int64 [B]."""
-    ids, mask = pad([r.ids for r in rows], pad_id, left)
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([r.label for r in rows])}
+def collate_classifier(rows: Sequence[Encoded], pad_id: int, padded: bool = True, left: bool = False) -> dict[str, Any]:
+    """Flat or padded inputs (see the module's drawing; left: padded on the left), and labels int64 [B]."""
+    if padded:
+        ids, mask = pad([r.ids for r in rows], pad_id, left)
+        batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    else:
+        batch = flat([r.ids for r in rows])
+    batch["labels"] = torch.tensor([r.label for r in rows])
+    return batch
 
 
 def collate_candidates(rows: Sequence[Candidates], pad_id: int, padded: bool) -> dict[str, Any]:

@@ -33,7 +33,6 @@ class Batching:
 
     pad_id: int
     padded: bool = True
-    left_padded: bool = False
     eval_tokens: int = 8192
     world_size: int = 1
     rank: int = 0
@@ -215,7 +214,7 @@ class LoricaDataModule(LightningDataModule):
         return (
             collate_causal(rows, b.pad_id, b.padded)
             if isinstance(self.encoder, CausalEncoder)
-            else collate_classifier(rows, b.pad_id, b.left_padded)
+            else collate_classifier(rows, b.pad_id, b.padded)
         )
 
     def val_dataloader(self) -> DataLoader[Any]:

@@ -57,8 +57,6 @@ def varlen_attention(
     Returns:
         [1, T, heads, D] and no weights.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     assert cu_seq_lens_q is not None and max_length_q is not None and query.shape[0] == 1
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     groups = q.shape[1] // k.shape[1]
@@ -70,9 +68,16 @@ def varlen_attention(
         arguments = {"window_size": (sliding_window - 1, 0)}
     if scaling is not None and abs(scaling - q.shape[-1] ** -0.5) > 1e-6:
         q = q * (scaling * q.shape[-1] ** 0.5)  # torch 2.11's kernel has no scale argument
-    out = varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **arguments)
+    return _varlen(q.contiguous(), k.contiguous(), v.contiguous(), cu_seq_lens_q, max_length_q, **arguments)[None], None
+
+
+def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int, **arguments: Any) -> torch.Tensor:
+    """torch's kernel: [T, heads, D] each, sequences between `ends`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, **arguments)
     assert isinstance(out, torch.Tensor)
-    return out[None], None
+    return out
 
 
 def dense_attention(

@@ -149,7 +149,7 @@ def attention_name(requested: str, device: torch.device, flat_possible: bool) ->
     """transformers' name of the attention to use; varlen only where batches can be laid end to end."""
     available = attention.varlen_available(device)
     if requested == "varlen" and not (available and flat_possible):
-        reason = "is for causal models" if available else "needs an NVIDIA GPU from Ampere on"
+        reason = "needs bf16 or fp16, and an architecture whose head is known" if available else "needs an NVIDIA GPU from Ampere on"
         raise ConfigError("model.attn_implementation", "varlen", reason, "model.attn_implementation=auto")
     if requested in ("auto", "varlen"):
         return attention.VARLEN if available and flat_possible else "sdpa"

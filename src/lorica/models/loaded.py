@@ -15,6 +15,7 @@ from lorica.hardware import Machine
 from lorica.kernels import attention, dropout
 from lorica.launch import wait_for_all
 from lorica.models import adapters, base
+from lorica.models.sequence_classifier import pooling
 
 
 @dataclass
@@ -53,7 +54,7 @@ def load(config: TrainConfig, data: LoricaDataModule, machine: Machine, folder: 
         if causal
         else ClassifierEncoder(tokenizer, settings.max_length)
     )
-    flat_possible = causal and machine.compute_dtype != torch.float32
+    flat_possible = machine.compute_dtype != torch.float32 and (causal or pooling(architecture) is not None)
     attn = base.attention_name(settings.attn_implementation, machine.device, flat_possible)
     torch.manual_seed(config.seed)  # a classifier's head and the adapters start from here
     model = base.load_model(

@@ -45,8 +45,8 @@ class LoricaModule(LightningModule):
         the ranks, which leaves (sum over the window) / (its supervised tokens), exactly (pytorch-lightning#20350).
         """
         total = self.loss_sum(batch)
-        detached = total.detach()
-        self.loss_account = detached if self.loss_account is None else self.loss_account + detached
+        own = total.detach() * (batch["weight"] > 0)  # a rank without rows in this micro-step runs one for company
+        self.loss_account = own if self.loss_account is None else self.loss_account + own
         self.supervised_account += batch["count"]["supervised"]
         loss: torch.Tensor = total * batch["weight"]
         return loss

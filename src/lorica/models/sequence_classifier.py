@@ -9,14 +9,48 @@ import torch.nn.functional as F
 
 from lorica.models.module import LoricaModule
 
+_FIRST_TOKEN = ("roberta", "xlm-roberta", "camembert")  # their heads read the first token's features; positions begin after padding_idx
+
+
+def pooling(config: Any) -> str | None:
+    """What a classifier's head reads: `first` or `pooled` (the first token, through a pooler), `last`; None where it isn't known, and
+    batches must be padded."""
+    from transformers import AutoModelForSequenceClassification
+    from transformers.modeling_layers import GenericForSequenceClassification
+
+    if config.model_type in _FIRST_TOKEN:
+        return "first"
+    if config.model_type == "bert":
+        return "pooled"
+    cls = AutoModelForSequenceClassification._model_mapping.get(type(config), None)
+    return "last" if isinstance(cls, type) and issubclass(cls, GenericForSequenceClassification) else None
+
 
 class SequenceClassifierModule(LoricaModule):
-    """Cross-entropy over classes; a batch has input_ids, attention_mask [B, T] and labels [B]."""
+    """Cross-entropy over classes; batches are `collate_classifier`'s, flat or padded, with labels [B]."""
 
     def logits(self, batch: dict[str, Any]) -> torch.Tensor:
         """[B, classes] in fp32."""
+        if "cu_seqlens" in batch:
+            return self._flat_logits(batch).float()
         out: torch.Tensor = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return out.float()
+
+    def _flat_logits(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The classifier's own modules, on sequences laid end to end."""
+        whole = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        kind, body, ends = pooling(whole.config), whole.base_model, batch["cu_seqlens"]
+        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+        inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": batch["max_seqlen"], "max_length_k": batch["max_seqlen"]}
+        if kind == "last":
+            last: torch.Tensor = whole.score(body(**inputs, use_cache=False).last_hidden_state[0, ends[1:].long() - 1])
+            return last
+        if kind == "first":
+            inputs["position_ids"] = batch["position_ids"] + body.embeddings.padding_idx + 1
+        inputs["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+        first = body(**inputs).last_hidden_state[0, ends[:-1].long()][:, None]  # [B, 1, H]
+        logits: torch.Tensor = whole.classifier(first if kind == "first" else whole.dropout(body.pooler(first)))
+        return logits
 
     def loss_sum(self, batch: dict[str, Any]) -> torch.Tensor:
         return F.cross_entropy(self.logits(batch), batch["labels"], reduction="sum")

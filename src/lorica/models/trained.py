@@ -11,19 +11,25 @@ import torch
 from safetensors import safe_open
 
 from lorica.config import ConfigError, ModelConfig, QuantizationSettings
+from lorica.kernels import attention
 from lorica.models import adapters, base
+from lorica.models.sequence_classifier import pooling
 from lorica.runs import read_task, weights_folder
 
 
 @dataclass
 class Trained:
-    """A model for inference. task: lorica.json's content. adapter: the adapter's folder, None for whole models."""
+    """A model for inference. task: lorica.json's content. adapter: the adapter's folder, None for whole models.
+
+    padded: batches must be padded, for there is no variable-length attention.
+    """
 
     model: Any
     tokenizer: Any
     task: dict[str, Any]
     adapter: Path | None
     base: base.Base
+    padded: bool
 
 
 def load_trained(run: Path, device: torch.device, base_name: str | None = None, dequantize: bool = False) -> Trained:
@@ -54,14 +60,16 @@ def load_trained(run: Path, device: torch.device, base_name: str | None = None, 
     )
     config = base.load_config(found, ModelConfig(name="", task=settings.task, base=settings.base, max_length=8))
     quantization = QuantizationSettings(**task["quantization"]) if is_adapter and task.get("quantization") else None
+    flat_possible = dtype != torch.float32 and (settings.task == "causal_lm" or pooling(config) is not None)
+    attn = base.attention_name("auto", device, flat_possible)
     model = base.load_model(
-        found, settings, config, tokenizer, device=device, dtype=dtype, labels=task.get("labels"), attn="sdpa", quantization=quantization
+        found, settings, config, tokenizer, device=device, dtype=dtype, labels=task.get("labels"), attn=attn, quantization=quantization
     )
     if quantization is not None and dequantize:
         adapters.dequantize_linears(model, torch.float32)
     if is_adapter:
         model = adapters.load(model, folder)
-    return Trained(model.to(device).eval(), tokenizer, task, folder if is_adapter else None, found)
+    return Trained(model.to(device).eval(), tokenizer, task, folder if is_adapter else None, found, attn != attention.VARLEN)
 
 
 def _guess_adapter(folder: Path) -> dict[str, Any]:

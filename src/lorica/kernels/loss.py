@@ -1,0 +1,36 @@
+"""Cross-entropy after an output head, in tiles: there is never a tensor of all places x the vocabulary.
+
+A tile's logits live while its losses are computed, and again, computed anew, while its gradients are: memory for one matrix product more.
+The head may be anything that maps [n, H] to [n, V]: a plain layer, one with an adapter, one under training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+TILE_ELEMENTS = 1 << 25  # logits of a tile: 128 MiB in fp32
+
+
+def head_cross_entropy(
+    head: Callable[[torch.Tensor], torch.Tensor], vocabulary: int, hidden: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """-log softmax(head(hidden))[target] in fp32 [S].
+
+    Args:
+        hidden: [S, H], at the places whose next token is learnt. targets: int64 [S].
+    """
+    rows = max(1, TILE_ELEMENTS // vocabulary)
+    if hidden.shape[0] <= rows:
+        return _losses(head, hidden, targets)
+    tiles = zip(hidden.split(rows), targets.split(rows), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([_losses(head, h, t) for h, t in tiles])
+    return torch.cat([checkpoint(_losses, head, h, t, use_reentrant=False) for h, t in tiles])
+
+
+def _losses(head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(head(hidden).float(), targets, reduction="none")

@@ -1,0 +1,74 @@
+"""Classifiers on sequences laid end to end give the logits and gradients that they give on padded batches.
+
+torch's variable-length kernel needs a GPU: its place is taken by plain attention, one sequence at a time.
+"""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lorica.config import OptimizerConfig
+from lorica.data.collate import collate_classifier
+from lorica.data.encoding import Encoded
+from lorica.kernels import attention
+from lorica.models.sequence_classifier import SequenceClassifierModule, pooling
+
+ROWS = [Encoded([0, 11, 12, 13, 2], label=1), Encoded([0, 21, 2], label=0), Encoded([0, *range(30, 44), 2], label=2)]
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_labels": 3}
+
+
+def _one_at_a_time(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int, **arguments: Any) -> torch.Tensor:
+    causal = bool(arguments)
+    bounds = ends.tolist()
+    assert max(b - a for a, b in itertools.pairwise(bounds)) == longest
+    parts = [
+        F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1) for x in (q, k, v)), is_causal=causal).transpose(0, 1)
+        for a, b in itertools.pairwise(bounds)
+    ]
+    return torch.cat(parts)
+
+
+def _config(kind: str) -> Any:
+    import transformers as t
+
+    if kind == "bert":
+        return t.BertConfig(**SMALL, max_position_embeddings=20)
+    if kind == "roberta":
+        return t.RobertaConfig(**SMALL, max_position_embeddings=20, pad_token_id=1)
+    return t.MistralConfig(**SMALL, num_key_value_heads=2, max_position_embeddings=20, pad_token_id=1, sliding_window=None)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mistral"])
+def test_flat_is_padded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    attention.register()
+    monkeypatch.setattr(attention, "_varlen", _one_at_a_time)
+    config = _config(kind)
+    torch.manual_seed(0)
+    targets = ["q_proj", "v_proj"] if kind == "mistral" else ["query", "value"]
+    whole = AutoModelForSequenceClassification.from_config(config)
+    model = get_peft_model(whole, LoraConfig(r=4, target_modules=targets, task_type="SEQ_CLS", init_lora_weights=False)).double().eval()
+    module = SequenceClassifierModule(model, OptimizerConfig(), 1)
+    assert pooling(config) == {"bert": "pooled", "roberta": "first", "mistral": "last"}[kind]
+    results = []
+    for name, padded in (("sdpa", True), (attention.VARLEN, False)):
+        whole.set_attn_implementation(name)
+        module.zero_grad()
+        batch = collate_classifier(ROWS, 1, padded)
+        logits = module.logits(batch)
+        module.loss_sum(batch).backward()
+        results.append([logits.detach(), *(p.grad for p in module.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) > 9
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_an_architecture_that_is_not_known_is_padded() -> None:
+    from transformers import DistilBertConfig, GPT2Config
+
+    assert pooling(DistilBertConfig()) is None and pooling(GPT2Config()) is None
