@@ -185,6 +185,7 @@ def evaluation_batches(lengths: Sequence[int], tokens: int, rank: int = 0, world
     sizes = np.asarray(lengths, np.int64)
     order = [int(i) for i in np.argsort(-sizes, kind="stable")]
     batches = cut_batches(sizes, order, None, tokens, padded=True) if order else []
-    if len(batches) < world_size:
-        batches = [order[part::world_size] for part in range(min(world_size, len(order)))]
+    while len(batches) < world_size and (most := max(batches, key=len, default=[])) and len(most) > 1:
+        at = batches.index(most)
+        batches[at : at + 1] = [most[: len(most) // 2], most[len(most) // 2 :]]
     return batches[rank::world_size]

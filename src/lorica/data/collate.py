@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from lorica.data.encoding import IGNORE, Candidates, Encoded
@@ -23,23 +24,23 @@ from lorica.data.encoding import IGNORE, Candidates, Encoded
 def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, mask), both int64 [B, T]: rows padded to the longest on one side; mask is 1 at real tokens."""
     longest = max(len(r) for r in rows)
-    ids = torch.full((len(rows), longest), value, dtype=torch.long)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    ids = np.full((len(rows), longest), value, np.int64)
+    mask = np.zeros((len(rows), longest), np.int64)
     for i, row in enumerate(rows):
         place = slice(longest - len(row), longest) if left else slice(0, len(row))
-        ids[i, place] = torch.as_tensor(row, dtype=torch.long)
+        ids[i, place] = row
         mask[i, place] = 1
-    return ids, mask
+    return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def flat(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Rows end to end: input_ids and position_ids int64 [1, T], cu_seqlens int32 [B + 1], max_seqlen int."""
-    lengths = torch.tensor([len(r) for r in rows])
-    ends = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).to(torch.int32)])
+    lengths = np.array([len(r) for r in rows])
+    ends = np.concatenate([[0], lengths.cumsum()])
     return {
-        "input_ids": torch.tensor([[t for r in rows for t in r]], dtype=torch.long),
-        "position_ids": torch.cat([torch.arange(int(n)) for n in lengths])[None],
-        "cu_seqlens": ends,
+        "input_ids": torch.from_numpy(np.concatenate([np.asarray(r, np.int64) for r in rows]))[None],
+        "position_ids": torch.from_numpy(np.arange(ends[-1]) - np.repeat(ends[:-1], lengths))[None],
+        "cu_seqlens": torch.from_numpy(ends.astype(np.int32)),
         "max_seqlen": int(lengths.max()),
     }
 
@@ -58,12 +59,12 @@ def collate_causal(rows: Sequence[Encoded], pad_id: int, padded: bool) -> dict[s
     batch, starts = inputs([r.ids for r in rows], pad_id, padded)
     places, targets = [], []
     for row, start in zip(rows, starts, strict=True):
-        for t in range(1, len(row.ids)):
-            if row.labels[t] != IGNORE:
-                places.append(start + t - 1)
-                targets.append(row.labels[t])
-    batch["predict_at"] = torch.tensor(places, dtype=torch.long)
-    batch["targets"] = torch.tensor(targets, dtype=torch.long)
+        following = np.asarray(row.labels)[1:]
+        learnt = np.flatnonzero(following != IGNORE)
+        places.append(start + learnt)
+        targets.append(following[learnt])
+    batch["predict_at"] = torch.from_numpy(np.concatenate(places))
+    batch["targets"] = torch.from_numpy(np.concatenate(targets).astype(np.int64))
     return batch
 
 

@@ -10,8 +10,11 @@ Too long an example keeps its eos and at least half of the length for its answer
 
 from __future__ import annotations
 
+import functools
+from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lorica.config import ConfigError
@@ -21,19 +24,19 @@ IGNORE = -100  # torch.nn.functional.cross_entropy's ignore_index
 CHUNK = 1000  # examples tokenised by one call
 
 
-@dataclass(slots=True)
 class Encoded:
-    """One training row. ids: what the model reads. labels: the token to predict at each place, or IGNORE (causal models).
-    label: the class (classifiers), else -1."""
+    """One training row, 4 bytes a token.
 
-    ids: list[int]
-    labels: list[int] = field(default_factory=list)
-    label: int = -1
+    Attributes:
+        ids: what the model reads. labels: the token to predict at each place, or IGNORE; empty for classifiers. label: the class, else -1.
+        supervised: tokens learnt (the first token is never predicted); 1 for a labelled text.
+    """
 
-    @property
-    def supervised(self) -> int:
-        """Tokens learnt; 1 for a labelled text. The first token is never predicted."""
-        return sum(x != IGNORE for x in self.labels[1:]) if self.labels else 1
+    __slots__ = ("ids", "label", "labels", "supervised")
+
+    def __init__(self, ids: Sequence[int], labels: Sequence[int] = (), label: int = -1) -> None:
+        self.ids, self.labels, self.label = array("i", ids), array("i", labels), label
+        self.supervised = len(self.labels) - 1 - self.labels[1:].count(IGNORE) if self.labels else 1
 
 
 @dataclass(slots=True)
@@ -199,10 +202,10 @@ class CausalEncoder:
         labels = [IGNORE] * len(ids)
         answers: list[tuple[int, int]] = []  # token ranges of the assistant's turns
         for start, end in rendered.spans:
-            inside = [t for t, (a, b) in enumerate(offsets) if a >= start - _lead(rendered.text, a, b, start) and b <= end and b > a]
-            if inside:
-                answers.append((inside[0], inside[-1] + 1))
-                labels[inside[0] : inside[-1] + 1] = ids[inside[0] : inside[-1] + 1]
+            first, last = _tokens_of(rendered.text, offsets, start, end)
+            if first < last:
+                answers.append((first, last))
+                labels[first:last] = ids[first:last]
         eos = self.tokenizer.eos_token_id
         if answers:
             last = answers[-1][1]
@@ -286,6 +289,17 @@ class CausalEncoder:
         """A candidate whose prompt (its first `start` tokens) is cut to `limit` tokens."""
         prompt = self._middle_cut(ids[:start], max(1, limit))
         return prompt + ids[start:], len(prompt)
+
+
+def _tokens_of(text: str, offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """The tokens, as a range, that lie within characters [start, end); white space before `start` may be part of the first."""
+    ends = functools.partial(bisect_right, offsets, key=lambda span: span[1])
+    first, last = ends(start), ends(end)
+    while first < last and offsets[first][0] < start - _lead(text, *offsets[first], start):
+        first += 1
+    while first < last and offsets[last - 1][0] == offsets[last - 1][1]:  # a mark without text of its own
+        last -= 1
+    return first, last
 
 
 def _lead(text: str, a: int, b: int, start: int) -> int:
