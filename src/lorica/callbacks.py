@@ -112,6 +112,10 @@ class RecordLoss(Callback):
         self.last_logged = 0
         self.history: list[tuple[int, float]] = []
         self._mark: tuple[int, float] | None = None
+        self._rate = 0.0  # the learning rate of the step under way; after it the schedule has moved on
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._rate = float(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -123,7 +127,7 @@ class RecordLoss(Callback):
         if loss != loss or abs(loss) == float("inf"):
             raise FloatingPointError(f"the training loss is {loss} at step {step}")
         self.history.append((step, loss))
-        figures = {"train/loss": loss, "train/lr": float(trainer.optimizers[0].param_groups[0]["lr"]), "train/epoch": self.epoch_at(step)}
+        figures = {"train/loss": loss, "train/lr": self._rate, "train/epoch": self.epoch_at(step)}
         now = self.throughput.elapsed()
         if self._mark is not None and now > self._mark[1]:
             figures["train/tokens_per_second"] = trainer.world_size * (self.throughput.tokens - self._mark[0]) / (now - self._mark[1])

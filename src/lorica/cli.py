@@ -56,6 +56,8 @@ def run(verb: str, args: list[str]) -> int:
     if any(a in ("-sc", "--shell-completion") for a in args):
         return complete(verb, args)
     overrides, flags = _split(args)
+    if flags["show"] == "job" and flags["multirun"]:
+        raise ConfigError("--cfg", "job", "shows one run, not a grid", "leave -m and --multirun out, with one value a key")
     if flags["show"]:
         print(_screen(verb, flags["show"], overrides, flags["config_dir"]))
         return 0

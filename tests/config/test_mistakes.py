@@ -161,6 +161,7 @@ MORE_MISTAKES = {
     "no value for a flag": wrong("--config-dir", "--config-dir=: there is no such folder"),
     "no folder for a flag": wrong("--config-dir= | model=roberta_lora", "--config-dir=: there is no such folder"),
     "other folder for a flag": wrong("--config-dir | mor", "--config-dir=mor: there is no such folder; did you mean more?"),
+    "configuration of a grid": wrong("-m | model.lora.r=8,16 | --cfg | job", "--cfg=job: shows one run, not a grid", "leave -m"),
     "configuration of something else": wrong("--cfg | hydra", "--cfg=hydra: shows the job's configuration only", "try: --cfg job"),
     "removed group": wrong("~trainer", "~trainer: keys can't be removed", "try: trainer=..."),
     "group somewhere else": wrong("data@model=sentiment", "data@model=sentiment: groups stay where they are", "try: data=sentiment"),

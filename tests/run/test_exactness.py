@@ -1,5 +1,6 @@
 """The same training whatever the batching; the same weights after an interruption; nothing secret in a run folder."""
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,20 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path: Path, lorica: 
     assert json.loads((tmp_path / "whole" / "metrics.json").read_text())["test/loss"] == pytest.approx(
         json.loads((tmp_path / "cut" / "metrics.json").read_text())["test/loss"], abs=1e-6
     )
+
+
+def test_the_logged_learning_rate_is_the_steps_own(tmp_path: Path, lorica: Lorica) -> None:
+    steps = [
+        "trainer.batch_size=4",
+        "trainer.max_steps=4",
+        "optimizer.warmup_steps=2",
+        "optimizer.lr=0.01",
+        "optimizer.lr_scheduler_type=linear",
+    ]
+    assert lorica("train", *SMALL, *steps, f"run_dir={tmp_path / 'run'}")[0] == 0
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rates = [float(row["train/lr"]) for row in csv.DictReader(file) if row["train/lr"]]
+    assert rates == pytest.approx([0, 0.005, 0.01, 0.005])
 
 
 def test_resume_required_without_a_run_is_refused(tmp_path: Path, lorica: Lorica) -> None:
