@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lorica.composition import compose_tree
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -30,6 +32,12 @@ def test_the_readme_shows_commands_and_its_files_exist() -> None:
     assert len(_commands()) >= 10
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_next_command_that_the_readme_shows_can_be_typed() -> None:
+    (line,) = [line for line in README.splitlines() if line.startswith("next ")]
+    tree = compose_tree("predict", shlex.split(line)[3:])
+    assert tree.run.startswith("outputs/ag_news-minilm_lora/") and tree.text.startswith("Icelandic Parties Draw Lots for Speaker's Chair. ")
 
 
 @pytest.mark.parametrize(("command", "comment"), [c for c in _commands() if re.search(r"\((GPU|hub)", c[1])])

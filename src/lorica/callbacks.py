@@ -25,7 +25,7 @@ class SeedSteps(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed((self.seed * 1_000_003 + batch_idx) * 65_537 + trainer.global_rank)
+        torch.manual_seed(((self.seed * 1_000_003 + batch_idx) * 65_537 + trainer.global_rank) % (1 << 63))
 
 
 class ValidationPoints(Callback):
@@ -46,13 +46,13 @@ class ValidationPoints(Callback):
 
 
 class Throughput(Callback):
-    """Counts tokens and examples of training, and the time they took without validation and checkpoints.
+    """Counts tokens and examples of training on this rank, and the time they took without validation and checkpoints.
 
-    Figures are of all ranks. The device is waited for only when a figure is read.
+    What was counted before an interruption is kept in the checkpoint. The device is waited for only when the clock stops.
     """
 
     def __init__(self) -> None:
-        self.tokens = self.examples = self.steps = 0
+        self.tokens = self.examples = 0
         self.seconds = 0.0
         self._since: float | None = None
         self.first_step_seconds: float | None = None
@@ -80,7 +80,6 @@ class Throughput(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.tokens += batch["count"]["tokens"]
         self.examples += batch["count"]["examples"]
-        self.steps += 1
         if self.first_step_seconds is None:
             self.pause()
             self.first_step_seconds = self.seconds
@@ -92,16 +91,32 @@ class Throughput(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.pause()
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "examples": self.examples, "seconds": self.elapsed(), "first": self.first_step_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.tokens, self.examples, self.seconds = state_dict["tokens"], state_dict["examples"], state_dict["seconds"]
+        self.first_step_seconds = state_dict["first"]
+
     def figures(self, trainer: Trainer) -> dict[str, float]:
         """Rates a second over all ranks and all training time, the first micro-step (which allocates and loads kernels) included."""
         seconds = self.seconds
-        world = trainer.world_size
+        tokens, examples = over_ranks(trainer, self.tokens, self.examples)
         return {
-            "train/tokens_per_second": world * self.tokens / max(seconds, 1e-9),
-            "train/samples_per_second": world * self.examples / max(seconds, 1e-9),
+            "train/tokens_per_second": tokens / max(seconds, 1e-9),
+            "train/samples_per_second": examples / max(seconds, 1e-9),
             "train/seconds": seconds,
             "train/first_step_seconds": self.first_step_seconds or 0.0,
         }
+
+
+def over_ranks(trainer: Trainer, *counts: int) -> list[float]:
+    """Sums over all ranks, each of which must call this."""
+    if trainer.world_size == 1 or not torch.distributed.is_initialized():
+        return [float(c) for c in counts]
+    own = torch.tensor([float(c) for c in counts], device=trainer.strategy.root_device)
+    summed: list[float] = trainer.strategy.reduce(own, reduce_op="sum").tolist()  # type: ignore[union-attr]
+    return summed
 
 
 class RecordLoss(Callback):
@@ -111,11 +126,16 @@ class RecordLoss(Callback):
         self.throughput, self.every, self.total_steps, self.epoch_at = throughput, every, total_steps, epoch_at
         self.last_logged = 0
         self.history: list[tuple[int, float]] = []
+        self.tokens_per_second: float | None = None  # of all ranks, since the record before
         self._mark: tuple[int, float] | None = None
-        self._rate = 0.0  # the learning rate of the step under way; after it the schedule has moved on
+        self._lr = 0.0  # of the step under way; after it the schedule has moved on
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.last_logged = trainer.global_step
+        self._mark = (self.throughput.tokens, self.throughput.elapsed())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._rate = float(trainer.optimizers[0].param_groups[0]["lr"])
+        self._lr = float(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -127,10 +147,11 @@ class RecordLoss(Callback):
         if loss != loss or abs(loss) == float("inf"):
             raise FloatingPointError(f"the training loss is {loss} at step {step}")
         self.history.append((step, loss))
-        figures = {"train/loss": loss, "train/lr": self._rate, "train/epoch": self.epoch_at(step)}
+        figures = {"train/loss": loss, "train/lr": self._lr, "train/epoch": self.epoch_at(step)}
         now = self.throughput.elapsed()
         if self._mark is not None and now > self._mark[1]:
-            figures["train/tokens_per_second"] = trainer.world_size * (self.throughput.tokens - self._mark[0]) / (now - self._mark[1])
+            tokens = over_ranks(trainer, self.throughput.tokens - self._mark[0])[0]
+            self.tokens_per_second = figures["train/tokens_per_second"] = tokens / (now - self._mark[1])
         self._mark = (self.throughput.tokens, now)
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=step)
@@ -150,8 +171,7 @@ class Evaluate(Callback):
         self.metrics: EvaluationMetrics | None = None
         self.figures: dict[str, float] = {}
         self.confusion: list[list[int]] | None = None
-        self.rows: dict[int, list[float]] = {}  # test row -> its scores as log-probabilities, or [its summed loss]
-        self.history: list[dict[str, float]] = []
+        self.rows: dict[int, list[float]] = {}  # test row -> its labels' log-probabilities
 
     def _start(self, pl_module: LightningModule) -> None:
         if self.metrics is None:
@@ -192,7 +212,6 @@ class Evaluate(Callback):
         self.figures = {f"{prefix}/{name}": value for name, value in figures.items()}
         self.confusion = confusion
         if prefix == "val":
-            self.history.append({"step": trainer.global_step, **self.figures})
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.figures.items()})
         for logger in trainer.loggers:
             logger.log_metrics(self.figures, step=trainer.global_step)
@@ -234,12 +253,26 @@ class Checkpoints(Callback):
 
     Where a step is also validated, the state is written after the validation, so that a resumed run does not miss it.
 
+    The state also says of which plan and precision it is, and whether early stopping had ended the training.
+
     Args:
         steps: whether to save after a step. validated: whether a step is followed by validation.
+        made_for: what a resumed run must agree with; kept in the state. pause: stops the clock of training.
     """
 
-    def __init__(self, folder: Path, steps: Callable[[int], bool], validated: Callable[[int], bool]) -> None:
-        self.folder, self.steps, self.validated = folder, steps, validated
+    def __init__(
+        self,
+        folder: Path,
+        steps: Callable[[int], bool],
+        validated: Callable[[int], bool],
+        made_for: dict[str, str],
+        pause: Callable[[], None],
+    ) -> None:
+        self.folder, self.steps, self.validated, self.made_for, self.pause = folder, steps, validated, made_for, pause
+        self.stopped = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"made_for": self.made_for, "stopped": self.stopped}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
@@ -251,6 +284,8 @@ class Checkpoints(Callback):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
+        self.pause()
+        self.stopped = bool(trainer.should_stop)
         path = self.folder / f"step-{trainer.global_step:09d}.ckpt"
         temporary = self.folder / f".{path.name}.tmp"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -272,8 +307,8 @@ LINE_SECONDS = 15.0  # between two lines of progress where no bar can be drawn
 class ShowProgress(Callback):
     """A bar with loss, tokens/s and time left on a terminal; a plain line every so often elsewhere."""
 
-    def __init__(self, screen: Screen, record: RecordLoss, total: int, enabled: bool, start: int = 0) -> None:
-        self.screen, self.record, self.total, self.start = screen, record, total, start
+    def __init__(self, screen: Screen, record: RecordLoss, total: int, enabled: bool) -> None:
+        self.screen, self.record, self.total = screen, record, total
         self.enabled = enabled
         self.bar: Progress | None = None
         self.task: TaskID | None = None
@@ -284,9 +319,8 @@ class ShowProgress(Callback):
         return f"{self.record.history[-1][1]:.4f}" if self.record.history else "-"
 
     def _rate(self) -> str:
-        t = self.record.throughput
-        seconds = t.elapsed()
-        return f"{t.tokens / seconds:,.0f} tokens/s" if seconds > 0 else ""
+        rate = self.record.tokens_per_second
+        return f"{rate:,.0f} tokens/s" if rate is not None else ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled and trainer.is_global_zero and self.screen.is_terminal:
@@ -299,7 +333,7 @@ class ShowProgress(Callback):
                 refresh_per_second=4,
             )
             self.bar.start()
-            self.task = self.bar.add_task("train", total=self.total, completed=self.start, note="")
+            self.task = self.bar.add_task("train", total=self.total, completed=trainer.global_step, note="")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not (self.enabled and trainer.is_global_zero):

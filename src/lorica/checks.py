@@ -20,6 +20,8 @@ from lorica.config import (
     LoggerConfig,
     MergeConfig,
     ModelConfig,
+    NotApplicable,
+    OptimizerConfig,
     PredictConfig,
     TrainConfig,
 )
@@ -181,6 +183,8 @@ def _check_data(data: DataConfig) -> None:
         raise ConfigError("data.module", data.module, rule, f"data={nearest(data.module, DATA_SCHEMAS) or data.name}")
     if data.path is not None and data.source != "files":
         raise ConfigError("data.path", data.path, f"is read only with data.source=files (it is {data.source})", "data.source=files")
+    if data.revision is not None and data.source != "hub":
+        raise ConfigError("data.revision", data.revision, f"is of a hub data set; data.source={data.source}", "data.revision=null")
     if data.source == "files":
         if data.path is None:
             raise ConfigError("data.path", None, "data.source=files needs the file or folder to read", "data.path=my_data/train.csv")
@@ -286,6 +290,8 @@ def _check_trainer(config: TrainConfig) -> None:
         raise ConfigError("trainer.precision", t.precision, "half precision has no CPU kernels for training", "trainer.precision=auto")
     if len(config.optimizer.betas) != 2 or not all(0.0 <= b < 1.0 for b in config.optimizer.betas):
         raise ConfigError("optimizer.betas", config.optimizer.betas, "needs two numbers from 0 to below 1", "optimizer.betas=[0.9,0.999]")
+    if config.optimizer.name == "sgd" and config.optimizer.betas != OptimizerConfig().betas:
+        raise NotApplicable("optimizer.betas", config.optimizer.betas, "sgd has none", "optimizer.name=adamw")
     if config.resume not in (None, "auto", "required") and not (Path(config.resume) / "config.yaml").is_file():
         near = nearest(config.resume, ("auto", "required"))
         rule = "must be auto, required or a run folder (with its config.yaml)" + (

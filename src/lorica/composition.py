@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import sys
 import typing
 from collections.abc import Sequence
@@ -23,12 +24,17 @@ from lorica.config import (
     ConfigError,
     DataConfig,
     NotApplicable,
+    PredictConfig,
     TrainConfig,
     fill_recommended,
 )
+from lorica.runs import last_checkpoint
 from lorica.secrets import REDACTED, is_secret_name
 
 OPTIONAL_GROUPS = ("experiment", "debug")  # null unless chosen
+# Sentences, paths and names, taken as they are typed: Hydra's grammar would stumble over their commas, apostrophes and umlauts.
+VERBATIM = {"predict": ("text", "run", "input", "output", "text_column", "base"), "merge": ("run", "output", "base")}
+NEVER_NULL = ("text", "run")  # `text=null` asks about the word
 
 
 def compose(verb: str, args: Sequence[str], config_dir: str | None = None) -> Any:
@@ -44,6 +50,8 @@ def compose(verb: str, args: Sequence[str], config_dir: str | None = None) -> An
     if isinstance(config, TrainConfig):
         fill_recommended(config)
     check(config)
+    if isinstance(config, PredictConfig) and config.text is not None:
+        _check_text(config)
     return config
 
 
@@ -52,16 +60,18 @@ def compose_tree(verb: str, args: Sequence[str], config_dir: str | None = None) 
     from omegaconf import OmegaConf
 
     groups, values = _parse(verb, args, config_dir)
-    resumed = next((v for k, v in values if k == "resume" and isinstance(v, str)), None) if verb == "train" else None
-    if resumed is not None and (Path(resumed) / "config.yaml").is_file():
+    resumed = dict(values).get("resume") if verb == "train" else None
+    if isinstance(resumed, str) and (Path(resumed).expanduser() / "config.yaml").is_file():
         if groups:
             raise ConfigError(
                 "resume", resumed, f"restores the run's own configuration; {groups[0]} can't be chosen again", "a new run without resume"
             )
         if any(k == "run_dir" for k, _ in values):
             raise ConfigError("run_dir", dict(values)["run_dir"], f"resume={resumed} goes on in that folder", "leave it out")
-        loaded = _load_run(Path(resumed) / "config.yaml")
-        values = [*values, ("run_dir", str(Path(resumed)))]
+        folder = Path(resumed).expanduser().resolve()  # outputs/latest may point elsewhere by the time of writing
+        loaded = _load_run(Path(resumed).expanduser() / "config.yaml")
+        _check_resumable(resumed, folder)
+        values = [*((k, v) for k, v in values if k != "resume"), ("resume", _as_text(str(folder))), ("run_dir", _as_text(str(folder)))]
     else:
         loaded = _compose_yaml(verb, groups, config_dir)
     try:
@@ -153,7 +163,7 @@ def complete(verb: str, args: list[str]) -> int:
 
 
 def _parse(verb: str, args: Sequence[str], config_dir: str | None) -> tuple[list[str], list[tuple[str, Any]]]:
-    """Split overrides into group choices (for Hydra) and (key, value) pairs (for us)."""
+    """Split overrides into group choices (for Hydra) and (key, value) pairs (for us); values of `VERBATIM` keys stay as typed."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -162,6 +172,10 @@ def _parse(verb: str, args: Sequence[str], config_dir: str | None) -> tuple[list
     values: list[tuple[str, Any]] = []
     parser = OverridesParser.create()
     for text in args:
+        key, assigned, typed = text.partition("=")
+        if assigned and key.lstrip("+") in VERBATIM.get(verb, ()):
+            values.append((key.lstrip("+"), _verbatim(key.lstrip("+"), typed)))
+            continue
         try:
             override = parser.parse_override(text)
         except HydraException as e:
@@ -193,6 +207,48 @@ def _parse(verb: str, args: Sequence[str], config_dir: str | None) -> tuple[list
     return groups, values
 
 
+def _verbatim(name: str, typed: str) -> str | None:
+    """What was typed after `name=`, without one pair of double quotes around it all.
+
+    `"A" and "B"` has no such pair; `""A""` stands for `"A"`.
+    """
+    if typed == "null" and name not in NEVER_NULL:
+        return None
+    inner = typed[1:-1]
+    if len(typed) >= 2 and typed[0] == typed[-1] == '"':
+        if len(inner) >= 2 and inner[0] == inner[-1] == '"':
+            typed = inner
+        elif not re.search(r'(?<!\\)"', inner):
+            typed = inner.replace(r"\"", '"')
+    return _as_text(typed)
+
+
+def _as_text(value: str) -> str:
+    """A text for OmegaConf, which would look up what stands in `${...}`."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+
+
+def _check_text(config: PredictConfig) -> None:
+    """Rules for a text on the command line, which is no file."""
+    assert config.text is not None
+    if not config.text.strip():
+        raise ConfigError("text", repr(config.text), "is empty: give a value or leave it out")
+    if config.text_column is not None:
+        raise ConfigError("text_column", config.text_column, "names a column of an input file; text= has none", "leave it out")
+    try:
+        config.text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError("text", repr(config.text), "has bytes that are not UTF-8") from None
+
+
+def _check_resumable(typed: str, folder: Path) -> None:
+    """Refuse to go on with a run that is finished, or that has no state to go on from."""
+    if (folder / "metrics.json").exists():
+        raise ConfigError("resume", typed, "that run is finished (it has a metrics.json)", "a new run without resume")
+    if last_checkpoint(folder) is None:
+        raise ConfigError("resume", typed, "that run has no checkpoint to go on from", "a new run without resume")
+
+
 def _load_run(file: Path) -> Any:
     """A run's config.yaml. It was written resolved: a `${` in it is text."""
     import yaml
@@ -215,7 +271,7 @@ def _literal(node: Any) -> Any:
         return {k: _literal(v) for k, v in node.items()}
     if isinstance(node, list):
         return [_literal(v) for v in node]
-    return node.replace("${", r"\${") if isinstance(node, str) else node
+    return _as_text(node) if isinstance(node, str) else node
 
 
 def _compose_yaml(verb: str, groups: list[str], config_dir: str | None) -> Any:

@@ -303,7 +303,7 @@ class TrainConfig:
     seed: int = key(0, "every random draw follows from it", low=0, high=2**32 - 1)
     run_dir: str | None = key(None, "where the run is written; null: outputs/<data>-<model>/<time>")
     resume: str | None = key(
-        None, "auto: go on from the newest unfinished run, or start fresh; required: refuse without one; or a run folder"
+        None, "auto: go on from the newest unfinished run, or start fresh; required: refuse without one; or the folder of an unfinished run"
     )
     model: ModelConfig = key(ModelConfig)
     data: DataConfig = key(DataConfig)
@@ -318,12 +318,16 @@ class PredictConfig:
 
     run: str = key("???", "run folder, adapter folder or merged model folder")
     text: str | None = key(None, "one text to answer; give this or input")
-    input: str | None = key(None, "csv or jsonl file to answer, row by row; give this or text")
+    input: str | None = key(
+        None, "csv or jsonl file to answer, row by row, without a column prediction, probability, probabilities or error; give this or text"
+    )
     output: str | None = key(None, "file to write (csv or jsonl by its ending); null: beside the input, as <name>.scored.<ending>")
-    text_column: str | None = key(None, "column of the input with the text; null: that of the training data, else `text`")
+    text_column: str | None = key(None, "column of the input file with the text; null: that of the training data, else `text`")
     base: str | None = key(None, "load the base model from here instead of where it was at training time")
     batch_size: int = key(32, "texts answered at once", unit="examples", low=1)
-    max_new_tokens: int = key(256, "longest generated answer", unit="tokens", low=1)
+    max_new_tokens: int | None = key(
+        None, "longest generated answer; null: data.max_new_tokens of the training run, else 256", unit="tokens", low=1
+    )
     accelerator: str = key("auto", "where to run", choices=("auto", "cpu", "gpu", "cuda", "mps"))
 
 

@@ -32,8 +32,11 @@ python train.py experiment=chatdoctor                        # a recipe: groups 
 python train.py experiment=chatdoctor --cfg job              # show what would run, and stop
 python train.py -m model=minilm_lora,minilm_full model.lora.r=4,8       # a grid: every combination
 python train.py --help                                       # groups, flags, keys and their values
-python predict.py run=outputs/latest text="Late goal wins the cup"
+python predict.py run=outputs/latest text="Late goal wins the cup, 3-2"
 ```
+
+Values are written in Hydra's grammar, hence the quotes in quotes. `text` and the paths of `predict` and `merge` are taken as they are:
+commas, apostrophes and umlauts need the shell's quotes only.
 
 `lorica VERB ...` does the same where the package is installed; the verbs are `train`, `predict` and `merge`. Groups and `-m` belong
 to `train`. Each combination of a grid is a process and a run folder of its own, under `outputs/grids/`; one that is finished is not
@@ -41,9 +44,10 @@ run again, and a key is left out of combinations that have no use for it (`model
 
 A later source wins: the schema's default, the YAML of the chosen groups, `experiment=`, `debug=`, the keys on the command line. A
 group named on the command line takes the place of the one that an experiment chooses, but the values that the experiment or
-`debug=` sets still stand over its own (with `debug=fast`, `logger=wandb` has no effect). Where `optimizer.name`, `optimizer.lr`,
-`optimizer.warmup_ratio`, the micro-batch's size or `trainer.gradient_checkpointing` is null in the end, `model.recommended` fills it in.
-`resume=RUN_FOLDER` takes the run's own `config.yaml` in place of the groups.
+`debug=` sets still stand over its own (`experiment=chatdoctor model=mistral_lora` keeps the recipe's `model.lora.r=64`).
+Where `optimizer.name`, `optimizer.lr`, `optimizer.warmup_ratio`, the micro-batch's size or `trainer.gradient_checkpointing` is null in
+the end, `model.recommended` fills it in.
+`resume=RUN_FOLDER` takes the run's own `config.yaml` in place of the groups; a finished run, or one without a checkpoint, is refused.
 
 `--config-dir DIR` adds a folder laid out like `conf/`: `DIR/data/reviews.yaml` makes `data=reviews`. Its options stand beside those
 below and can't have their names.

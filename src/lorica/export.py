@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.config import ConfigError, MergeConfig, TrainerConfig
-from lorica.runs import TASK_FILE, replaced_folder, write_json
+from lorica.runs import TASK_FILE, read_task, replaced_folder, write_json
 from lorica.screen import Screen, quiet_libraries
 
 quiet_libraries()
@@ -25,8 +25,9 @@ def run(config: MergeConfig) -> int:
         ConfigError: not an adapter; its base can't be had.
     """
     screen = Screen()
-    source = Path(config.run).expanduser()
+    source = Path(config.run).expanduser().resolve()  # outputs/latest may point elsewhere by the time of writing
     target = Path(config.output).expanduser() if config.output else source / "merged"
+    check_target(target)
     machine = hardware.choose(TrainerConfig(accelerator=config.accelerator, devices=1))
     trained = load_trained(source, machine.device, config.base, dequantize=True)
     if trained.adapter is None:
@@ -55,6 +56,29 @@ def run(config: MergeConfig) -> int:
     return 0
 
 
+def check_target(folder: Path) -> None:
+    """Refuse to replace a folder that an earlier merge did not write.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and read_task(folder).get("weights") != "merged":
+        raise ConfigError("output", folder, "is a folder with other files, which would be replaced", f"output={folder / 'merged'}")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("output", folder, "is a file")
+
+
 def merge(model: Any) -> Any:
-    """A PEFT model on plain weights as one plain model: W + scaling * B A, computed in fp32."""
-    return model.float().merge_and_unload(safe_merge=True)
+    """A PEFT model on plain weights as one plain model: W + scaling * B A, computed in fp32.
+
+    An output head that shares its weight with the embeddings and has an adapter gets a weight of its own: the adapter changed the
+    head alone.
+    """
+    model = model.float()
+    whole = model.get_base_model()
+    head = whole.get_output_embeddings()
+    adapted = head is not None and hasattr(head, "base_layer")
+    if adapted and head.base_layer.weight is whole.get_input_embeddings().weight:
+        head.base_layer.weight = torch.nn.Parameter(head.base_layer.weight.detach().clone(), requires_grad=False)
+        whole.config.tie_word_embeddings = whole.config.get_text_config().tie_word_embeddings = False
+    return model.merge_and_unload(safe_merge=True)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +21,18 @@ from typing import Any
 from lorica.config import ConfigError, NotApplicable, WandbLoggerConfig
 from lorica.runs import write_json
 from lorica.screen import Screen
+from lorica.secrets import redact
 
 GRIDS = Path("outputs") / "grids"
+KEPT_LINES = 20  # of a failed run's stderr
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination. varied: its overrides of the swept keys. fixed: those that all cells share."""
+    """One combination. overrides: what it is called with, in the typed order. varied: those of the swept keys."""
 
+    overrides: tuple[str, ...]
     varied: tuple[str, ...]
-    fixed: tuple[str, ...]
-
-    @property
-    def overrides(self) -> list[str]:
-        """What the cell is called with."""
-        return [*self.varied, *self.fixed]
 
     @property
     def name(self) -> str:
@@ -58,7 +59,8 @@ def run_grid(overrides: Sequence[str], compose: Callable[[list[str]], Any], conf
     """
     screen = Screen()
     cells, dropped = plan_cells(overrides, compose)
-    folder = GRIDS / _digest(sorted(overrides))
+    typed = sorted(overrides, key=lambda text: text.partition("=")[0])  # of one key given twice, the last counts: they keep their order
+    folder = GRIDS / _digest([*typed, *(["--config-dir", config_dir] if config_dir else [])])
     for text in dropped:
         screen.note(text)
     screen.print(f"grid {folder}: {len(cells)} runs")
@@ -78,7 +80,10 @@ def run_grid(overrides: Sequence[str], compose: Callable[[list[str]], Any], conf
     _table(screen, records)
     failed = [r for r in records if r["failed"]]
     if failed:
-        screen.print(f"{len(failed)} of {len(records)} failed; their train.log says why. The same command runs only these again.")
+        screen.print(f"{len(failed)} of {len(records)} failed:")
+        for record in failed:
+            screen.print(f"  {record['cell']}: {_why(Path(record['run']))}")
+        screen.print("The same command runs only these again.")
     return 1 if failed else 0
 
 
@@ -97,8 +102,7 @@ def plan_cells(overrides: Sequence[str], compose: Callable[[list[str]], Any]) ->
     from hydra.errors import HydraException
 
     parser = OverridesParser.create()
-    fixed: list[str] = []
-    swept: list[list[str]] = []
+    choices: list[list[tuple[str, bool]]] = []  # for each typed override its values, each with whether the key is swept
     for text in overrides:
         try:
             override = parser.parse_override(text)
@@ -108,33 +112,34 @@ def plan_cells(overrides: Sequence[str], compose: Callable[[list[str]], Any]) ->
         if override.key_or_group in ("run_dir", "resume", "logger.run_name"):
             raise ConfigError(override.key_or_group, text.partition("=")[2] or None, "a grid sets it for each of its runs", "leave it out")
         if override.is_sweep_override():
-            swept.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+            choices.append([(f"{override.get_key_element()}={value}", True) for value in override.sweep_string_iterator()])
         else:
-            fixed.append(text)
+            choices.append([(text, False)])
     cells: dict[Cell, None] = {}
     dropped: list[str] = []
-    for combination in itertools.product(*swept):
-        varied = list(combination)
+    for combination in itertools.product(*choices):
+        kept = list(combination)
         while True:
             try:
-                compose([*varied, *fixed])
+                compose([text for text, _ in kept])
                 break
             except NotApplicable as e:
-                useless = [v for v in varied if v.partition("=")[0].lstrip("+") == e.where]
+                useless = [(text, swept) for text, swept in kept if swept and text.partition("=")[0].lstrip("+") == e.where]
                 if not useless:
                     raise
-                varied.remove(useless[0])
-                text = f"{e.where} does not apply to {', '.join(v for v in varied if '.' not in v.partition('=')[0]) or 'some cells'}"
-                if text not in dropped:
-                    dropped.append(text)
-        cells[Cell(tuple(varied), tuple(fixed))] = None
+                kept.remove(useless[0])
+                groups = [text for text, swept in kept if swept and "." not in text.partition("=")[0]]
+                note = f"{e.where} does not apply to {', '.join(groups) or 'some cells'}"
+                if note not in dropped:
+                    dropped.append(note)
+        cells[Cell(tuple(text for text, _ in kept), tuple(text for text, swept in kept if swept))] = None
     return list(cells), dropped
 
 
 def _run_cell(cell: Cell, run_dir: Path, group: str, compose: Callable[[list[str]], Any], config_dir: str | None) -> int:
     """One cell as a process of its own, which writes its own run folder and W&B run."""
     added = [f"run_dir={json.dumps(str(run_dir), ensure_ascii=False)}", "resume=auto"]
-    config = compose(cell.overrides)
+    config = compose(list(cell.overrides))
     if isinstance(config.logger, WandbLoggerConfig):
         added += [f"logger.group={config.logger.group or f'grid-{group}'}", f"logger.run_name={json.dumps(cell.name, ensure_ascii=False)}"]
     flags = ["--config-dir", config_dir] if config_dir else []
@@ -143,17 +148,56 @@ def _run_cell(cell: Cell, run_dir: Path, group: str, compose: Callable[[list[str
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     try:
-        code = subprocess.run(
-            [sys.executable, "-m", "lorica", "train", *flags, *cell.overrides, *added], env=environment, check=False
-        ).returncode
+        code, said = _call([sys.executable, "-m", "lorica", "train", *flags, *cell.overrides, *added], environment)
     except KeyboardInterrupt:
         return 130
     if code:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(run_dir / "failed.json", {"exit_code": code, "overrides": cell.overrides})
+        write_json(run_dir / "failed.json", {"exit_code": code, "overrides": cell.overrides, "stderr": [redact(line) for line in said]})
     else:
         (run_dir / "failed.json").unlink(missing_ok=True)
     return code
+
+
+def _call(command: list[str], environment: dict[str, str]) -> tuple[int, list[str]]:
+    """Run a command; its stderr is shown as it comes. Returns (exit code, the last lines of its stderr)."""
+    last: deque[str] = deque(maxlen=KEPT_LINES)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    lines = io.TextIOWrapper(process.stderr, "utf-8", "replace", newline="")  # a progress bar's lines end in \r and stay so
+
+    def show() -> None:
+        for line in lines:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+            last.append(line.rstrip())
+
+    reader = threading.Thread(target=show, daemon=True)
+    reader.start()
+    try:
+        code = process.wait()
+    except BaseException:
+        process.kill()
+        raise
+    reader.join(5.0)  # a process that outlives the run may hold its stderr open
+    if not reader.is_alive():
+        lines.close()
+    return code, [line for line in last if line]
+
+
+def _why(run_dir: Path) -> str:
+    """How a failed run ended, in a line or two."""
+    file = run_dir / "failed.json"
+    failure = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    code, said = failure.get("exit_code"), failure.get("stderr") or []
+    if code == 1 and (run_dir / "train.log").is_file():
+        return f"{run_dir / 'train.log'} says why"
+    ours = [i for i, line in enumerate(said) if line.startswith("lorica: ")]
+    if code == 2 and ours:
+        return "\n    ".join([said[ours[-1]].removeprefix("lorica: "), *said[ours[-1] + 1 :]])
+    if code is not None and code < 0:
+        return f"killed by {signal.Signals(-code).name}" if -code in set(signal.Signals) else f"killed by signal {-code}"
+    return f"ended with exit code {code}" + (f": {said[-1]}" if said else "") if code else "left no metrics.json"
 
 
 def _record(cell: Cell, run_dir: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,9 +51,11 @@ class Machine:
         )
 
 
-def choose(trainer: TrainerConfig) -> Machine:
+def choose(trainer: TrainerConfig, precision: str | None = None) -> Machine:
     """Resolve accelerator, devices and precision.
 
+    Args:
+        precision: what `auto` was when the run began, for a run that goes on.
     Raises:
         ConfigError: the machine lacks what is asked for.
     """
@@ -74,8 +77,9 @@ def choose(trainer: TrainerConfig) -> Machine:
     world = len(numbers) * trainer.num_nodes
     rank = launch.rank() if world > 1 else 0
     launch.check_world(len(numbers), trainer.num_nodes)
-    precision, notes = _precision(trainer.precision, device)
-    return Machine({"cuda": "cuda", "mps": "mps", "cpu": "cpu"}[kind], devices, device, rank, world, precision, notes)
+    asked = precision if precision is not None and trainer.precision == "auto" else trainer.precision
+    resolved, notes = _precision(asked, device)
+    return Machine(kind, devices, device, rank, world, resolved, notes)
 
 
 def _devices(asked: Any, kind: str) -> tuple[Any, list[int]]:
@@ -103,7 +107,7 @@ def _precision(asked: str, device: torch.device) -> tuple[str, list[str]]:
     if asked == "16-mixed":
         return "32-true", [f"trainer.precision=16-mixed needs a GPU; 32-true is used on the {device.type}"]
     if asked == "auto":
-        if device.type == "cpu" and _bf16_faster_on_cpu():
+        if device.type == "cpu" and launch.decided_once(_bf16_faster_on_cpu, "cpu", "LORICA_CPU_BF16"):
             return "bf16-mixed", ["bf16 matrix products are faster than fp32 on this CPU (measured)"]
         return "32-true", []
     return asked, []
@@ -137,4 +141,5 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak of what was allocated on the GPU since `reset_peak_memory`; on a CPU the process's largest resident size."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device)) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -58,15 +59,20 @@ def check_world(devices: int, num_nodes: int) -> None:
         )
 
 
-def decided_once(decide: Callable[[], Any], accelerator: str) -> Any:
-    """`decide()` of rank 0, on every rank; what it raises is raised on every rank.
+def decided_once(decide: Callable[[], Any], accelerator: str, variable: str) -> Any:
+    """`decide()` of rank 0, on every rank; the ConfigError that it raises is raised on every rank.
 
     Where torchrun or srun started the processes they are connected here, and Lightning takes that connection over. Ranks that
-    rank 0's Lightning starts later never come here: they are told in their environment.
+    rank 0's Lightning starts later find the decision, which must be made of JSON, in their environment.
+
+    Args:
+        variable: the environment variable that hands it down.
     """
     given = environment()
     if isinstance(given, LightningEnvironment) or given.world_size() == 1:
-        return decide()
+        if rank() == 0:
+            os.environ[variable] = json.dumps(decide())
+        return json.loads(os.environ[variable])
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             "nccl" if accelerator != "cpu" and torch.cuda.is_available() else "gloo",

@@ -14,6 +14,8 @@ from lorica.config import ConfigError, PredictConfig
 from lorica.runs import write_text
 from lorica.screen import Screen, quiet_libraries
 
+ADDED = ("prediction", "probability", "probabilities", "error")  # what an answered row has besides its own
+
 quiet_libraries()
 
 import torch  # noqa: E402  (after the libraries' noise is off)
@@ -49,11 +51,14 @@ def run(config: PredictConfig) -> int:
     """Answer, print or write. Returns 0, or 1 when rows of the input could not be answered (they say why).
 
     Raises:
-        ConfigError: no weights, no text column, a base that can't be had.
+        ConfigError: no weights, no text column, columns with the names of ours, a base that can't be had.
     """
     screen = Screen()
     machine = hardware.choose(TrainerConfig(accelerator=config.accelerator, devices=1))
     rows = list(read_rows(Path(config.input).expanduser())) if config.input is not None else []
+    for name in ADDED:
+        if any(name in row.fields for row in rows):
+            raise ConfigError("input", config.input, f"has a column {name}, which the answers would be written over", "rename that column")
     predictor = Predictor(load_trained(Path(config.run).expanduser(), machine.device, config.base), config.max_new_tokens)
     if config.text is not None:
         answer = predictor.answer([ask_text(predictor.task, config.text)], config.batch_size)[0]
@@ -73,8 +78,10 @@ def _line(answer: Answer) -> str:
 class Predictor:
     """Answers examples with one trained model."""
 
-    def __init__(self, trained: Trained, max_new_tokens: int = 256) -> None:
-        self.trained, self.task, self.max_new_tokens = trained, trained.task, max_new_tokens
+    def __init__(self, trained: Trained, max_new_tokens: int | None = None) -> None:
+        """max_new_tokens: of a written answer; None: as many as in training."""
+        self.trained, self.task = trained, trained.task
+        self.max_new_tokens = max_new_tokens or int(self.task.get("max_new_tokens") or 256)
         self.labels: list[str] | None = self.task.get("labels")
         tokenizer, longest = trained.tokenizer, int(self.task.get("max_length") or 512)
         classifier = self.task["task"] == "sequence_classification"

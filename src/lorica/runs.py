@@ -52,6 +52,8 @@ def _finite(value: Any) -> Any:
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """An empty folder to fill, that takes the place of `folder` when all went well."""
     temporary, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():  # a crash between the two renames
+        os.replace(old, folder)
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -66,6 +68,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             os.replace(folder, old)
         os.replace(temporary, folder)
     finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
@@ -126,11 +130,17 @@ def start_run(folder: Path, config: TrainConfig, argv: list[str]) -> Path:
             except FileExistsError:
                 folder, n = base.with_name(f"{base.name}-{n}"), n + 1
     folder.mkdir(parents=True, exist_ok=True)
+    if last_checkpoint(folder) is None:  # what a resumed run was started with stays until it is known to fit
+        write_config(folder, config, argv)
+    return folder
+
+
+def write_config(folder: Path, config: TrainConfig, argv: list[str]) -> None:
+    """config.yaml and .hydra/: what was asked for."""
     write_text(folder / "config.yaml", to_yaml(config))
     (folder / ".hydra").mkdir(exist_ok=True)
     write_text(folder / ".hydra" / "overrides.yaml", "".join(f"- {json.dumps(redact(a))}\n" for a in argv))
     write_text(folder / ".hydra" / "config.yaml", to_yaml(config))
-    return folder
 
 
 def to_yaml(config: Any) -> str:

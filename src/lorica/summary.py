@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from lorica import hardware
-from lorica.config import TrainConfig
+from lorica.config import OptimizerConfig, TrainConfig
+from lorica.data.asking import ask_text, typed_text
 from lorica.data.module import LoricaDataModule
 from lorica.models import adapters, optimizers
 from lorica.models.loaded import Loaded
 from lorica.models.weights import dtype_name
 from lorica.screen import duration, short
+
+ROWS_TO_ASK = 20  # rows looked at for one that a single text can ask
 
 
 def plan_facts(config: TrainConfig, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine) -> list[tuple[str, str]]:
@@ -23,7 +27,6 @@ def plan_facts(config: TrainConfig, data: LoricaDataModule, loaded: Loaded, mach
     size = f"{t.batch_size} examples" if t.batch_size is not None else f"up to {t.tokens_per_batch:,} tokens"
     devices = f"{machine.world_size} device{'s' if machine.world_size > 1 else ''}"
     name, _ = optimizers.effective_name(str(config.optimizer.name), machine.device)
-    warmup = optimizers.warmup_steps(config.optimizer, plan.steps)
     rows = f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.test):,} test"
     return [
         ("model", f"{loaded.base.name}, {short(total)} weights ({bits}), {short(trainable)} trainable ({trainable / total:.2%})"),
@@ -32,7 +35,7 @@ def plan_facts(config: TrainConfig, data: LoricaDataModule, loaded: Loaded, mach
             "steps",
             f"{plan.steps:,} ({plan.epoch_at(plan.steps):.3g} epochs) of {size} x {t.accumulate_grad_batches} accumulated x {devices}",
         ),
-        ("optimiser", f"{name}, lr {config.optimizer.lr:g} {config.optimizer.lr_scheduler_type}, warm-up {warmup}"),
+        ("optimiser", f"{name}, lr {config.optimizer.lr:g} {config.optimizer.lr_scheduler_type}, {_warmup(config.optimizer, plan.steps)}"),
         ("machine", f"{machine.description}, precision {machine.precision}, attention {attn}"),
     ]
 
@@ -72,7 +75,20 @@ def closing_rows(figures: dict[str, float]) -> list[tuple[str, str]]:
 
 def next_command(folder: Path, data: LoricaDataModule) -> str:
     """A command that asks the new model about a row it was not trained on."""
-    example = data.splits.test[0] if data.splits.test else data.splits.train[0]
-    text = example.text or (example.messages[0].content if example.messages else "...")
-    text = text.replace('"', "'").replace("\n", " ")
-    return f'python predict.py run={folder} text="{text if len(text) <= 90 else text[:87] + "..."}"'
+    rows = (data.splits.test or data.splits.train)[:ROWS_TO_ASK]
+    task = {**data.describe(), "labels": data.labels}
+    texts = [typed_text(task, row) for row in rows]
+    whole = (text for text, row in zip(texts, rows, strict=True) if ask_text(task, text).prompt == row.prompt)
+    text = "".join(c if c.isprintable() else " " for c in next(whole, texts[0])).strip() or "..."
+    return " ".join(["python predict.py", _typed("run", str(folder)), _typed("text", text if len(text) <= 90 else text[:87] + "...")])
+
+
+def _typed(name: str, value: str) -> str:
+    """`name=value` for a shell; predict takes the value as it is, but for one pair of double quotes around it all."""
+    quoted = f'"{value}"' if len(value) >= 2 and value[0] == value[-1] == '"' else value
+    return f"{name}={shlex.quote(quoted)}"
+
+
+def _warmup(config: OptimizerConfig, steps: int) -> str:
+    """`warm-up 12`; the constant schedule has none, whatever is set."""
+    return f"warm-up {optimizers.warmup_steps(config, steps)}" if config.lr_scheduler_type != "constant" else "no warm-up"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.config import ConfigError, TrainConfig
-from lorica.runs import checkpoint_step, choose_run_dir, last_checkpoint, point_latest, start_run, write_json, write_text
+from lorica.runs import checkpoint_step, choose_run_dir, last_checkpoint, point_latest, start_run, write_config, write_json, write_text
 from lorica.screen import Screen, quiet_libraries
 
 quiet_libraries()
@@ -61,16 +61,12 @@ def run(config: TrainConfig) -> int:
     Returns:
         0, or 1 when training failed (its traceback is in train.log).
     Raises:
-        ConfigError: data, model or hardware can't do what is asked; nothing is left behind.
+        ConfigError: data, model or hardware can't do what is asked; a folder that was made for the run by its time is removed again.
     """
     rank = launch.rank()
     main = rank == 0
-    given = os.environ.get("LORICA_RUN_DIR")  # a rank that rank 0's Lightning started
-    if given:
-        folder, checkpoint, existed = Path(given), Path(c) if (c := os.environ.get("LORICA_CHECKPOINT")) else None, True
-    else:
-        folder, checkpoint, existed = launch.decided_once(lambda: _start(config), config.trainer.accelerator)
-        os.environ["LORICA_RUN_DIR"], os.environ["LORICA_CHECKPOINT"] = str(folder), str(checkpoint or "")
+    chosen, state, existed = launch.decided_once(lambda: _start(config), config.trainer.accelerator, "LORICA_RUN")
+    folder, checkpoint = Path(chosen), Path(state) if state else None
     screen = Screen(folder / "train.log", rank)
     the_run = Run(config, folder, screen, [], checkpoint, main)
     try:
@@ -78,7 +74,8 @@ def run(config: TrainConfig) -> int:
             the_run.loggers, note = loggers.build_loggers(config, folder, checkpoint_step(checkpoint) if checkpoint else None)
             the_run.notes += [note] if note else []
         _train(the_run)
-    except ConfigError:
+    except ConfigError as e:
+        screen.log(f"refused: {e}")
         loggers.finish_wandb(the_run.loggers, folder, None, [], {}, failed=True)
         screen.close()
         if main and not existed and config.run_dir is None:
@@ -97,16 +94,46 @@ def run(config: TrainConfig) -> int:
         return 1
     finally:
         screen.close()
-        for name in ("LORICA_RUN_DIR", "LORICA_CHECKPOINT"):
-            os.environ.pop(name, None)
+        os.environ.pop("LORICA_RUN", None)
     return 0
 
 
-def _start(config: TrainConfig) -> tuple[Path, Path | None, bool]:
+def _start(config: TrainConfig) -> tuple[str, str | None, bool]:
     """(the run's folder, made; the checkpoint to go on from; whether the folder was there before)."""
     folder, checkpoint = choose_run_dir(config)
     existed = folder.exists()
-    return start_run(folder, config, sys.argv[1:]), checkpoint, existed
+    try:
+        folder = start_run(folder, config, sys.argv[1:])
+    except OSError as e:
+        raise ConfigError("run_dir", folder, f"can't be written ({e.strerror})", "run_dir=<a folder of yours>") from None
+    return str(folder), str(checkpoint) if checkpoint else None, existed
+
+
+def _resume(run: Run, state: dict[str, Any], data: LoricaDataModule, made_for: dict[str, str]) -> None:
+    """Where training goes on.
+
+    Raises:
+        ConfigError: the checkpoint is of another plan, or of a longer one.
+    """
+    saved = state["callbacks"][cb.Checkpoints.__name__]
+    differing = [name for name, value in saved["made_for"].items() if made_for[name] != value]
+    if differing:
+        raise ConfigError(
+            "resume",
+            run.folder,
+            f"the run was started with {' and '.join(differing)} that differ from now: it can't go on to the same weights",
+            f"resume={run.folder} with nothing else, or a new run",
+        )
+    data.resume_at = int(state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"])
+    if data.resume_at > len(data.plan):
+        raise ConfigError(
+            "resume",
+            run.folder,
+            f"{data.resume_at} micro-steps were trained, more than the {len(data.plan)} that are asked for now",
+            "a larger trainer.max_epochs or trainer.max_steps",
+        )
+    if saved["stopped"]:  # early: only the test is missing
+        data.resume_at = len(data.plan)
 
 
 def _train(run: Run) -> None:
@@ -114,7 +141,9 @@ def _train(run: Run) -> None:
     seed_everything(config.seed, workers=True, verbose=False)
     data = build_data(config.data, config.seed)
     data.load()
-    machine = hardware.choose(config.trainer)
+    state = torch.load(run.resume_from, weights_only=True, map_location="cpu") if run.resume_from is not None else None
+    began_in = state["callbacks"][cb.Checkpoints.__name__]["made_for"]["a precision"] if state is not None else None
+    machine = hardware.choose(config.trainer, began_in)
     run.notes += machine.notes
     loaded = load(config, data, machine, run.folder, run.main)
     batching = _batching(run, data, loaded, machine)
@@ -123,22 +152,29 @@ def _train(run: Run) -> None:
         report = data_report(data)
         write_json(run.folder / "data_report.json", report)
         write_text(run.folder / "data_report.md", report_markdown(report))
-    if run.resume_from is not None:
-        state = torch.load(run.resume_from, weights_only=True, map_location="cpu")
-        data.resume_at = int(state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"])
-        del state
-    module, trainer, parts = _assemble(run, data, loaded, machine)
+    made_for = {"rows, a seed, batches or devices": data.plan.fingerprint(), "a precision": machine.precision}
+    if state is not None:
+        _resume(run, state, data, made_for)
+        if run.main:
+            write_config(run.folder, config, sys.argv[1:])
+    module, trainer, parts = _assemble(run, data, loaded, machine, made_for)
     _announce(run, data, loaded, machine)
     if run.main:
         point_latest(run.folder)
     hardware.reset_peak_memory()
     module.train()
-    if data.resume_at < len(data.plan):  # else all was trained before, and only the test is missing
+    if state is None or data.resume_at < len(data.plan):
         trainer.fit(module, datamodule=data, ckpt_path=str(run.resume_from) if run.resume_from else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+    else:  # all was trained before, and only the test is missing
+        module.load_state_dict(state["state_dict"])
+        for part in (parts.throughput, parts.keep):
+            if part.state_key in state["callbacks"]:
+                part.load_state_dict(state["callbacks"][part.state_key])
+    del state
     figures = parts.throughput.figures(trainer)
-    if parts.keep.best is None and run.main and not run.weights.exists():
+    if parts.keep.best is None and run.main:
         parts.keep.write()  # nothing was validated: the last weights are kept
     trainer.strategy.barrier()
     weights.load(run.weights, module.model)
@@ -200,7 +236,9 @@ class Parts:
     keep: cb.KeepBest
 
 
-def _assemble(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine) -> tuple[LoricaModule, Trainer, Parts]:
+def _assemble(
+    run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine, made_for: dict[str, str]
+) -> tuple[LoricaModule, Trainer, Parts]:
     config, t, plan = run.config, run.config.trainer, data.plan
     cls = CausalLMModule if config.model.task == "causal_lm" else SequenceClassifierModule
     scaled = machine.precision == "16-mixed"
@@ -233,7 +271,7 @@ def _assemble(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardwar
         mode = "min" if keep.monitor.endswith("loss") else "max"
         parts.append(EarlyStopping(keep.monitor, patience=t.early_stopping_patience, mode=mode, check_on_train_epoch_end=False))
     validated = set(points).__contains__ if has_validation else lambda step: False
-    parts += [cb.Checkpoints(run.folder / "checkpoints", save_after, validated), progress]
+    parts += [cb.Checkpoints(run.folder / "checkpoints", save_after, validated, made_for, throughput.pause), progress]
     trainer = Trainer(
         accelerator=machine.accelerator,
         devices=machine.devices,

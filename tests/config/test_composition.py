@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import itertools
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from lorica import cli, composition
 from lorica.checks import check
@@ -309,6 +312,8 @@ RUNS = {
 def run_folder(folder: Path, config: TrainConfig) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config), "utf-8")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step-000003.ckpt").touch()
     return folder
 
 
@@ -368,11 +373,107 @@ def test_overrides_of_a_resumed_run_are_checked(tmp_path: Path) -> None:
         assert bad in str(e.value) and why in str(e.value)
 
 
+def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", compose())
+    (folder / "metrics.json").write_text("{}", "utf-8")
+    with pytest.raises(ConfigError, match=r"^resume=.*: that run is finished"):
+        compose(f"resume={folder}")
+
+
+def test_a_run_without_a_checkpoint_is_not_resumed(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", compose())
+    (folder / "checkpoints" / "step-000003.ckpt").unlink()
+    with pytest.raises(ConfigError, match=r"^resume=.*: that run has no checkpoint to go on from"):
+        compose(f"resume={folder}")
+
+
+def test_a_link_to_a_run_is_resumed_where_it_points_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_folder(tmp_path / "outputs" / "run ${x}", compose())
+    (tmp_path / "outputs" / "latest").symlink_to("run ${x}", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    config = compose("resume=outputs/latest")
+    assert (config.resume, config.run_dir) == (str(folder.resolve()), str(folder.resolve()))
+
+
+def test_the_last_of_two_runs_to_resume_counts(tmp_path: Path) -> None:
+    first, second = (run_folder(tmp_path / name, compose(f"seed={seed}")) for name, seed in (("a", 1), ("b", 2)))
+    config = compose(f"resume={first}", f"resume={second}")
+    assert (config.seed, config.run_dir) == (2, str(second))
+
+
 def test_words_for_resume_are_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for word in ("auto", "required"):
         config = compose(f"resume={word}", "model=roberta_lora")
         assert (config.resume, config.run_dir, config.model.name) == (word, None, "roberta_lora")
+
+
+# ------------------------------------------------------------------------------------- texts and paths, taken as they are
+
+SENTENCES = [
+    "Isn't it?",
+    "one, two",
+    "Größe",
+    "Wow!",
+    "f(x)",
+    "a=b",
+    "1e3",
+    "null",
+    "[a",
+    "{b: c",
+    "${x} and ${",
+    "\\${x}",
+    "back\\",
+    "# no comment",
+    '"A" and "B"',
+    "'quoted'",
+    "a: b",
+    "日本語",
+    " padded ",
+]
+
+
+def ask(*args: str) -> typing.Any:
+    return composition.compose("predict", ["run=.", *args])
+
+
+@pytest.mark.parametrize("text", SENTENCES)
+def test_a_text_to_predict_is_taken_as_it_is(text: str) -> None:
+    assert ask(f"text={text}").text == text
+    assert ask(f'text="{text}"').text == text  # in Hydra's quotes, as other keys have them
+
+
+def test_one_pair_of_double_quotes_goes() -> None:
+    assert ask('text="one, two"').text == "one, two"
+    assert ask(r'text="so \"good\""').text == 'so "good"'
+    assert ask('text=""so""').text == '"so"'
+    assert ask("+text=so").text == "so"
+
+
+def test_paths_of_predict_and_merge_are_taken_as_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "Läufe, a=b (1)"
+    folder.mkdir()
+    (folder / "in, 1=2.csv").write_text("text\na\n", "utf-8")
+    names = {"run": str(folder), "input": str(folder / "in, 1=2.csv"), "output": str(folder / "aus, ü.csv"), "base": str(folder)}
+    config = composition.compose("predict", [*(f"{k}={v}" for k, v in names.items()), "text_column=Größe, cm"])
+    assert {k: getattr(config, k) for k in names} == names and config.text_column == "Größe, cm"
+    merge = composition.compose("merge", [f"run={folder}", f"output={folder}, 2", "base=null"])
+    assert (merge.run, merge.output, merge.base) == (str(folder), f"{folder}, 2", None)
+
+
+@settings(max_examples=40, deadline=None, database=None)
+@given(st.text(st.characters(exclude_categories=("C", "Zl", "Zp")), min_size=1, max_size=60).filter(str.strip))
+@example('"')
+@example('""')
+@example('"""')
+@example('"so"')
+@example('"A" and "B"')
+@example("it's ${HOME}, \\\"!")
+def test_a_printed_command_asks_the_same_text(text: str) -> None:
+    from lorica.summary import _typed
+
+    words = shlex.split(f"{_typed('run', '.')} {_typed('text', text)}")
+    assert composition.compose("predict", words).text == text
 
 
 # --------------------------------------------------------------------------------------------------------- what is shown
@@ -385,7 +486,15 @@ def test_cfg_job_shows_a_configuration_that_composes_to_itself(tmp_path: Path, c
     folder = tmp_path / "shown"
     folder.mkdir()
     (folder / "config.yaml").write_text(capsys.readouterr().out, "utf-8")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step-000003.ckpt").touch()
     assert dataclasses.replace(compose(f"resume={folder}"), resume=None, run_dir=None) == compose("experiment=chatdoctor")
+
+
+def test_what_the_page_says_of_precedence() -> None:
+    assert compose("experiment=chatdoctor", "model=mistral_lora").model.lora == compose("experiment=chatdoctor").model.lora
+    assert compose("model=mistral_lora").model.lora.r != 64  # type: ignore[union-attr]
+    assert compose("debug=fast", "logger=wandb").logger.name == "wandb"
 
 
 def test_help_names_every_group_option_and_key(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,9 @@ stays done, what failed runs again, and the table puts the best validation figur
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,15 @@ def test_every_combination_is_planned_once_in_order() -> None:
         ("seed=2", "model.lora.r=4"),
         ("seed=2", "model.lora.r=8"),
     ]
-    assert {c.fixed for c in cells} == {("data=sentiment",)}
-    assert cells[0].overrides == ["seed=1", "model.lora.r=4", "data=sentiment"]
+    assert cells[0].overrides == ("seed=1", "data=sentiment", "model.lora.r=4")
     assert dropped == []
+
+
+def test_a_swept_key_of_a_group_that_is_given_before_it_applies() -> None:
+    given = ["model=mistral_lora", "data=sentiment", "model.quantization={bnb_4bit_quant_type: nf4}"]
+    cells, dropped = plan_cells([*given, "model.quantization.bnb_4bit_use_double_quant=true,false"], compose)
+    assert dropped == []
+    assert [compose(list(c.overrides)).model.quantization.bnb_4bit_use_double_quant for c in cells] == [True, False]
 
 
 def test_a_key_that_a_model_has_no_use_for_is_left_out_and_said() -> None:
@@ -93,7 +100,7 @@ def test_a_bad_cell_is_refused_before_anything_runs(
     overrides: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("ran"))
+    monkeypatch.setattr(grid, "_call", lambda *a: pytest.fail("ran"))
     with pytest.raises(ConfigError) as e:
         run_grid(overrides, compose)
     assert says in str(e.value)
@@ -109,25 +116,26 @@ def test_cells_have_names_of_their_own_that_are_folder_names() -> None:
     cells, _ = plan_cells(["model=roberta_lora,roberta_full", "model.lora.r=8,16"], compose)
     assert [c.name for c in cells] == ["roberta_lora,r=8", "roberta_lora,r=16", "roberta_full"]
     values = ["a/b", "a_b", "a b", "a:b", "../../b", "x" * 200, "x" * 200 + "y", 'é"', "[a,b]"]
-    names = [Cell((f"data.path={v}",), ()).name for v in values]
+    names = [Cell((), (f"data.path={v}",)).name for v in values]
     assert len({n.lower() for n in names}) == len(values)
     assert all("/" not in n and len(n.encode()) <= 255 for n in names)
-    assert Cell((), ("seed=1",)).name == "only"
+    assert Cell(("seed=1",), ()).name == "only"
 
 
 # --------------------------------------------------------------------------------------------------------------- running
 
 
 class Runs:
-    """Stands for `subprocess.run`: writes what a run of `lorica train` writes, or fails."""
+    """Stands for the process of a cell: writes what a run of `lorica train` writes, or fails."""
 
     def __init__(self, metrics: Callable[[Any], Metrics | int]) -> None:
         self.metrics = metrics  # of a cell's configuration: its figures, or the exit code of a failure
         self.commands: list[list[str]] = []
         self.configs: list[Any] = []
+        self.stderr: list[str] = []  # of a failure
 
-    def __call__(self, command: list[str], env: dict[str, str], check: bool) -> subprocess.CompletedProcess[bytes]:
-        assert command[:4] == [sys.executable, "-m", "lorica", "train"] and not check
+    def __call__(self, command: list[str], env: dict[str, str]) -> tuple[int, list[str]]:
+        assert command[:4] == [sys.executable, "-m", "lorica", "train"]
         assert str(Path(grid.__file__).parents[1]) in env["PYTHONPATH"].split(":")
         overrides, flags = cli._split(command[4:])
         config = composition.compose("train", overrides, flags["config_dir"])
@@ -136,10 +144,10 @@ class Runs:
         result = self.metrics(config)
         folder = Path(config.run_dir)
         if isinstance(result, int):
-            return subprocess.CompletedProcess(command, result)
+            return result, self.stderr
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(json.dumps(result | {"train/seconds": 3.0, "memory/peak_gib": 0.5}), "utf-8")
-        return subprocess.CompletedProcess(command, 0)
+        return 0, []
 
     @property
     def seeds(self) -> list[int]:
@@ -156,7 +164,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def start(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], Metrics | int]], Runs]:
     def stub(metrics: Callable[[Any], Metrics | int]) -> Runs:
         runs = Runs(metrics)
-        monkeypatch.setattr(grid.subprocess, "run", runs)
+        monkeypatch.setattr(grid, "_call", runs)
         return runs
 
     return stub
@@ -198,7 +206,7 @@ def test_a_failed_cell_is_recorded_and_only_it_runs_again(start: Any, here: Path
     assert run_grid(["seed=1,2,3"], compose) == 1
     assert runs.seeds == [1, 2, 3]
     failed = here / runs.configs[1].run_dir / "failed.json"
-    assert json.loads(failed.read_text("utf-8")) == {"exit_code": 1, "overrides": ["seed=2"]}
+    assert json.loads(failed.read_text("utf-8")) == {"exit_code": 1, "overrides": ["seed=2"], "stderr": []}
     assert [r["failed"] for r in records(here)] == [False, True, False]
     shown = capsys.readouterr().out
     assert table(shown) == ["seed=1", "seed=3", "seed=2"] and "1 of 3 failed" in shown
@@ -220,10 +228,68 @@ def test_the_order_of_the_overrides_does_not_make_another_grid(start: Any, here:
     assert again.commands == []
 
 
-def test_a_killed_cell_is_a_failure(start: Any, here: Path) -> None:
+def test_another_config_dir_is_another_grid(start: Any, here: Path) -> None:
+    for name in ("a", "b"):
+        (here / name).mkdir()
+        runs = start(lambda config: {"val/loss_best": 1.0})
+        assert run_grid(["seed=1,2"], compose, str(here / name)) == 0
+        assert runs.seeds == [1, 2]
+
+
+def test_the_order_of_two_values_for_one_key_makes_another_grid(start: Any, here: Path) -> None:
+    for typed, limit in ((["trainer.max_steps=1", "trainer.max_steps=2"], 2), (["trainer.max_steps=2", "trainer.max_steps=1"], 1)):
+        runs = start(lambda config: {"val/loss_best": 1.0})
+        assert run_grid(["seed=1", *typed], compose) == 0
+        assert [c.trainer.max_steps for c in runs.configs] == [limit]
+
+
+def test_a_killed_cell_is_a_failure(start: Any, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start(lambda config: -9)
     assert run_grid(["seed=1"], compose) == 1
     assert records(here)[0]["failed"] is True
+    assert "only: killed by SIGKILL" in capsys.readouterr().out
+
+
+def test_a_refused_cell_says_why_at_the_end_and_in_its_folder(start: Any, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = start(lambda config: 2 if config.seed == 2 else {"val/loss_best": 1.0})
+    runs.stderr = ["a warning", "lorica: data.path=x.csv: 3 rows can't be used", "  try: mend them", "HF_TOKEN=hf_0123456789abcdefghij"]
+    assert run_grid(["seed=1,2"], compose) == 1
+    shown = capsys.readouterr().out
+    assert "1 of 2 failed:\n  seed=2: data.path=x.csv: 3 rows can't be used\n      try: mend them" in shown and "train.log" not in shown
+    kept = json.loads((here / runs.configs[1].run_dir / "failed.json").read_text("utf-8"))["stderr"]
+    assert kept[:3] == runs.stderr[:3] and "hf_0" not in kept[3]
+
+
+def test_a_run_that_broke_down_points_to_its_log(start: Any, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def breaks_down(config: Any) -> int:
+        Path(config.run_dir).mkdir(parents=True)
+        (Path(config.run_dir) / "train.log").write_text("Traceback", "utf-8")
+        return 1
+
+    runs = start(breaks_down)
+    assert run_grid(["seed=1"], compose) == 1
+    assert f"only: {runs.configs[0].run_dir}/train.log says why" in capsys.readouterr().out
+
+
+def test_a_process_that_dies_before_its_log_shows_its_last_line(start: Any, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = start(lambda config: 1)
+    runs.stderr = ["Traceback", "ImportError: no torch"]
+    assert run_grid(["seed=1"], compose) == 1
+    assert "only: ended with exit code 1: ImportError: no torch" in capsys.readouterr().out
+
+
+def test_stderr_of_a_process_is_shown_and_its_end_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    program = "import sys; [print(f'line {i} \\u00fc', file=sys.stderr) for i in range(50)]; print('out'); sys.exit(3)"
+    code, last = grid._call([sys.executable, "-c", program], {"PYTHONIOENCODING": "utf-8"})
+    shown = capfd.readouterr()
+    assert (code, len(last), last[-1], shown.out) == (3, grid.KEPT_LINES, "line 49 ü", "out\n")
+    assert shown.err.splitlines() == [f"line {i} ü" for i in range(50)]
+    begun = time.perf_counter()
+    orphan = (
+        "import subprocess, sys; print('so', file=sys.stderr); subprocess.Popen(['sleep', '8'], stdout=subprocess.DEVNULL); sys.exit(2)"
+    )
+    assert grid._call([sys.executable, "-c", orphan], dict(os.environ)) == (2, ["so"])
+    assert time.perf_counter() - begun < 7.5
 
 
 def test_an_interrupt_ends_the_grid_and_the_next_call_goes_on(start: Any, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

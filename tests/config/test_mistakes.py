@@ -16,6 +16,7 @@ import pytest
 from lorica import cli, composition
 from lorica.checks import ELSEWHERE, check_ranges, nearest, positions_of
 from lorica.config import TrainConfig
+from lorica.runs import to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "lightning", "transformers")
@@ -144,6 +145,13 @@ MORE_MISTAKES = {
     "output without input": wrong(
         "run=outputs/2026-01-01 | text=hi | output=x.csv", "output=x.csv: is written only for an", verb="predict"
     ),
+    "column for a text": wrong(
+        "run=outputs/2026-01-01 | text=hi | text_column=review", "text_column=review: names a column of an input file", verb="predict"
+    ),
+    "blank text": wrong("run=outputs/2026-01-01 | text=  ", "text='  ': is empty", verb="predict"),
+    "text in another encoding": wrong("run=outputs/2026-01-01 | text=caf\udce9", "has bytes that are not UTF-8", verb="predict"),
+    "run folder that is finished": wrong("resume=finished", "resume=finished: that run is finished"),
+    "run folder without a checkpoint": wrong("resume=begun", "resume=begun: that run has no checkpoint"),
     "group of train for predict": wrong(
         "run=. | text=hi | model=roberta_lora", "model=roberta_lora", "lorica predict --help", verb="predict"
     ),
@@ -161,6 +169,8 @@ MORE_MISTAKES = {
     "no value for a flag": wrong("--config-dir", "--config-dir=: there is no such folder"),
     "no folder for a flag": wrong("--config-dir= | model=roberta_lora", "--config-dir=: there is no such folder"),
     "other folder for a flag": wrong("--config-dir | mor", "--config-dir=mor: there is no such folder; did you mean more?"),
+    "revision of files": wrong("data.revision=abc", "data.revision=abc: is of a hub data set", "try: data.revision=null"),
+    "betas of sgd": wrong("optimizer.name=sgd | optimizer.betas=[0.8,0.9]", "optimizer.betas=[0.8, 0.9]: sgd has none", "try: "),
     "configuration of a grid": wrong("-m | model.lora.r=8,16 | --cfg | job", "--cfg=job: shows one run, not a grid", "leave -m"),
     "configuration of something else": wrong("--cfg | hydra", "--cfg=hydra: shows the job's configuration only", "try: --cfg job"),
     "removed group": wrong("~trainer", "~trainer: keys can't be removed", "try: trainer=..."),
@@ -209,6 +219,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "damaged/config.yaml": "model: [\n",
         "bare/config.yaml": "seed: 3\n",
     }
+    shipped = to_yaml(composition.compose("train", []))
+    files |= {"finished/config.yaml": shipped, "finished/metrics.json": "{}", "begun/config.yaml": shipped}
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text, "utf-8")

@@ -134,6 +134,8 @@ def test_a_run_on_it_gives_its_configuration_back(site: Path, tmp_path: Path) ->
     install(site, GOOD)
     config = compose("data=tickets", "data.queue=returns")
     (tmp_path / "config.yaml").write_text(to_yaml(config), "utf-8")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-000001.ckpt").touch()
     assert compose(f"resume={tmp_path}").data == config.data
 
 

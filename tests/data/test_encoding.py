@@ -17,6 +17,7 @@ from tokenizers.models import BPE, WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from lorica.config import ConfigError
+from lorica.data.asking import ask_text
 from lorica.data.encoding import IGNORE, Candidates, CausalEncoder, ClassifierEncoder, Encoded, Truncation
 from lorica.data.examples import Example, Message
 
@@ -113,7 +114,7 @@ def test_rows_keep_the_order_of_their_examples_beyond_one_chunk() -> None:
     truncation = Truncation()
     rows = CausalEncoder(PLAIN, 32).encode([asked(f"Q: {WORDS[i % 16]}", WORDS[i % 15]) for i in range(2005)], truncation)
     assert [words(row.ids) for row in rows] == [f"<s> Q: {WORDS[i % 16]} {WORDS[i % 15]} </s>" for i in range(2005)]
-    assert truncation == Truncation(rows=2005)
+    assert truncation == Truncation()
 
 
 def test_conversations_are_written_with_the_speakers_names() -> None:
@@ -297,7 +298,7 @@ def test_the_middle_of_too_long_a_prompt_is_cut_out() -> None:
     row = one(CausalEncoder(PLAIN, 8), asked("a b c d e f g h i j", "yes"), truncation)
     assert words(row.ids) == "<s> a b h i j yes </s>"
     assert learnt(row) == "- - - - - - yes </s>"
-    assert truncation == Truncation(prompts=1, tokens_cut=5, rows=1)
+    assert truncation == Truncation(prompts=1, tokens_cut=5)
 
 
 def test_the_end_of_too_long_an_answer_is_cut_off_but_for_eos() -> None:
@@ -305,7 +306,7 @@ def test_the_end_of_too_long_an_answer_is_cut_off_but_for_eos() -> None:
     row = one(CausalEncoder(PLAIN, 8), asked("a", "b c d e f g h i j"), truncation)
     assert words(row.ids) == "<s> a b c d e f </s>"
     assert learnt(row) == "- - b c d e f </s>"
-    assert truncation == Truncation(completions=1, tokens_cut=4, rows=1)
+    assert truncation == Truncation(completions=1, tokens_cut=4)
 
 
 def test_where_both_are_too_long_each_keeps_half() -> None:
@@ -313,13 +314,13 @@ def test_where_both_are_too_long_each_keeps_half() -> None:
     row = one(CausalEncoder(PLAIN, 9), asked("a b c d e f g h", "i j k l m n o p"), truncation)
     assert words(row.ids) == "<s> a b g h i j k </s>"
     assert learnt(row) == "- - - - - i j k </s>"
-    assert truncation == Truncation(prompts=1, completions=1, tokens_cut=9, rows=1)
+    assert truncation == Truncation(prompts=1, completions=1, tokens_cut=9)
 
 
 def test_what_fits_exactly_is_left_whole() -> None:
     truncation = Truncation()
     assert words(one(CausalEncoder(PLAIN, 8), asked("a b c d e", "yes"), truncation).ids) == "<s> a b c d e yes </s>"
-    assert truncation == Truncation(rows=1) and str(truncation) == "nothing shortened"
+    assert truncation == Truncation() and str(truncation) == "nothing shortened"
 
 
 @BOTH
@@ -382,7 +383,7 @@ def test_however_long_a_conversation_its_last_token_is_a_learnt_eos(tokenizer: A
 
 
 def test_what_was_shortened_is_told_in_rows_and_tokens() -> None:
-    told = str(Truncation(prompts=1200, completions=3, tokens_cut=45678, rows=5000))
+    told = str(Truncation(prompts=1200, completions=3, tokens_cut=45678))
     assert told == "1,200 prompts, 3 answers shortened (45,678 tokens)"
 
 
@@ -513,5 +514,13 @@ def test_too_long_a_text_loses_its_end_and_keeps_its_marks() -> None:
     encoder = ClassifierEncoder(word_tokenizer(single="<s> $A </s>"), 5)
     rows = encoder.encode([Example("", text="a b c d e f g", label=0), Example("", text="a b c", label=0)], truncation)
     assert [words(r.ids) for r in rows] == ["<s> a b c </s>", "<s> a b c </s>"]
-    assert truncation == Truncation(texts=1, tokens_cut=4, rows=2)
+    assert truncation == Truncation(texts=1, tokens_cut=4)
     assert str(truncation) == "1 texts shortened (4 tokens)"
+
+
+def test_one_exchange_without_a_template_is_asked_as_it_was_learnt() -> None:
+    encoder = CausalEncoder(PLAIN, 32, use_chat_template=False)
+    learnt = one(encoder, chat("a", "yes"))
+    assert words(learnt.ids) == "<s> User: a Assistant: yes </s>"
+    question = ask_text({"kind": "chat"}, "a")
+    assert encoder.prompt_ids(question) == list(learnt.ids[: len(learnt.ids) - learnt.supervised])

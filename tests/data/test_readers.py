@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorica.config import ConfigError
-from lorica.data.readers import SPLIT_NAMES, Row, check_columns, read_rows, split_files
+from lorica.config import ConfigError, DataConfig
+from lorica.data.readers import SPLIT_NAMES, Row, check_columns, read_hub, read_rows, split_files
 
 CHEAP = settings(max_examples=25, deadline=None, database=None)
 
@@ -394,3 +394,55 @@ def test_one_file_is_not_two_splits(tmp_path: Path, name: str) -> None:
 def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.path"):
         split_files(tmp_path / "nowhere", "x")
+
+
+# ------------------------------------------------------------------------------------------------------------------ hub
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Callable[..., DataConfig]:
+    """A data set in the hub's layout with the configurations `first` and `second`, or with none."""
+
+    def write(*, configurations: bool, **values: Any) -> DataConfig:
+        names = ("first", "second") if configurations else ("",)
+        for name in names:
+            (tmp_path / "set" / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "set" / name / "train.csv").write_text("text,label\na,b\n", "utf-8")
+        if configurations:
+            listed = "".join(f"- config_name: {name}\n  data_files: {name}/train.csv\n" for name in names)
+            (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{listed}---\n", "utf-8")
+        return DataConfig(name="x", module="x", source="hub", hub_id=str(tmp_path / "set"), **values)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("values", "where", "fix"),
+    [
+        ({"configurations": True}, "data.hub_config", "data.hub_config=first"),
+        ({"configurations": True, "hub_config": "secnd"}, "data.hub_config", "data.hub_config=second"),
+        ({"configurations": False, "train_split": "trian"}, "data.train_split", "data.train_split=train"),
+        ({"configurations": False, "train_split": "zzz"}, "data.train_split", "data.train_split=train"),
+        ({"configurations": False, "test_split": "test"}, "data.test_split", "data.test_split=null"),
+        ({"configurations": False, "validation_split": "valid"}, "data.validation_split", "data.validation_split=null"),
+    ],
+)
+def test_a_wrong_choice_on_the_hub_names_its_own_key(
+    published: Callable[..., DataConfig], values: dict[str, Any], where: str, fix: str
+) -> None:
+    with pytest.raises(ConfigError) as e:
+        read_hub(published(**values))
+    assert (e.value.where, e.value.fix) == (where, fix)
+
+
+def test_another_mistake_of_a_published_set_is_not_said_of_a_split(
+    published: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("Feature type 'Odd' not found.")
+
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    with pytest.raises(ConfigError, match=r"^data.hub_id=.*Feature type 'Odd' not found"):
+        read_hub(published(configurations=False))

@@ -59,6 +59,20 @@ def test_flat_logits_equal_padded_logits(window: int | None) -> None:
     assert (a - b).norm() / a.norm() < 2e-2
 
 
+@pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (33, 192)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dequantised_weights_are_bitsandbytes_own(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    from lorica.kernels import nf4
+
+    weight = torch.randn(*shape, device="cuda", dtype=dtype) * 0.02
+    for kind in ("nf4", "fp4"):
+        codes, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type=kind)
+        assert nf4.covers(codes, state)
+        assert torch.equal(nf4.dequantize(codes, state), dequantize_4bit(codes, state))
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_flat_encoders_equal_padded_ones(kind: str) -> None:
     from transformers import AutoConfig, AutoModelForSequenceClassification

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lorica.data.classification import ClassificationData
 from lorica.data.module import BadRow
@@ -23,6 +23,9 @@ class AGNewsData(ClassificationData):
     def columns(self) -> dict[str, str]:
         by_hub = self.config.source == "hub" or not self.config.csv_columns
         return super().columns() if by_hub else {"data.label_column": self.config.label_column}
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "tidy": True}
 
     def text_of(self, row: Row) -> str:
         """Title and description in one text, entities resolved."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from lorica.data.ag_news import tidy
 from lorica.data.chat import parse_messages
 from lorica.data.classification import fill_prompt
 from lorica.data.examples import Example, Message
@@ -18,6 +20,10 @@ def ask_text(task: dict[str, Any], text: str, origin: str = "") -> Example:
         task: lorica.json; {} for weights of another tool, which read the text as it is.
     """
     kind = task.get("kind")
+    if kind is not None:
+        text = text.strip()
+    if task.get("tidy", task.get("data") == "ag_news"):
+        text = tidy(text)
     if kind == "instruction":
         shared = task.get("shared_prompt")
         prompt, given = (shared, text) if shared else (text, "")
@@ -61,3 +67,35 @@ def text_column(task: dict[str, Any], fields: dict[str, Any]) -> str:
         if name and name in fields:
             return str(name)
     return next(iter(fields)) if len(fields) == 1 else str(task.get("text_column") or "text")
+
+
+def typed_text(task: dict[str, Any], example: Example) -> str:
+    """What a person would type to ask an example's question: the way back from `ask_text`.
+
+    Args:
+        task: what the data module describes.
+    """
+    if example.messages:
+        return next((m.content for m in example.messages if m.role == "user"), example.messages[0].content)
+    if task.get("kind") != "instruction":
+        return example.text or example.prompt
+    for name, slots in (("prompt_template_with_input", ("prompt", "input")), ("prompt_template", ("prompt",))):
+        found = _filled_in(task[name], slots, example.prompt)
+        if found is not None:
+            prompt, given = found["prompt"], found.get("input", "")
+            return given if given and prompt == task.get("shared_prompt") else f"{prompt} {given}".strip()
+    return example.prompt
+
+
+def _filled_in(template: str, slots: tuple[str, ...], text: str) -> dict[str, str] | None:
+    """What stands in `text` where the template has {prompt} and {input}; None where it is not of this template."""
+    pattern, seen = "", set()
+    for part in re.split(r"(\{(?:prompt|input)\})", template):
+        name = part.strip("{}")
+        if part != f"{{{name}}}" or name not in slots or (name in seen and name == "input"):
+            pattern += re.escape(part)
+        else:
+            pattern += f"(?P={name})" if name in seen else f"(?P<{name}>.*?)"
+            seen.add(name)
+    match = re.fullmatch(pattern, text, re.DOTALL)
+    return match.groupdict() if match else None

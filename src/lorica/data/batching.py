@@ -8,6 +8,7 @@ number over all micro-batches and ranks), exactly the loss of one large batch.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,6 +75,11 @@ class BatchPlan:
             done = self.epoch_ends[-1] if self.epoch_ends else 0
             self.epoch_ends.append(done + len(self._epoch(len(self.epoch_ends)).windows))
         self.steps = self.epoch_ends[-1] if max_steps < 0 else min(max_steps, self.epoch_ends[-1])
+
+    def fingerprint(self) -> str:
+        """Equal for plans that agree on every micro-step that both have: of the same rows, seed, sizes and ranks."""
+        settings = (self.seed, self.batch_size, self.tokens_per_batch, self.accumulate, self.world_size, self.padded, self.group_by_length)
+        return hashlib.sha256(repr(settings).encode() + self.lengths.tobytes() + self.supervised.tobytes()).hexdigest()
 
     def __len__(self) -> int:
         """Micro-steps of the whole run, on each rank."""

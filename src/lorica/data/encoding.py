@@ -62,7 +62,6 @@ class Truncation:
     turns: int = 0
     texts: int = 0
     tokens_cut: int = 0
-    rows: int = 0
 
     def __str__(self) -> str:
         parts = [
@@ -90,7 +89,6 @@ class ClassifierEncoder:
                     truncation.texts += 1
                     truncation.tokens_cut += sum(len(o.ids) - sum(o.special_tokens_mask) for o in overflow)
                 rows.append(Encoded(batch["input_ids"][i], label=-1 if example.label is None else example.label))
-        truncation.rows += len(rows)
         return rows
 
 
@@ -139,10 +137,14 @@ class CausalEncoder:
             ) from None
         return text
 
-    def _render(self, turns: Sequence[Message]) -> _Rendered:
-        """The whole conversation, with what the assistant says (its end mark included) as spans."""
+    def _render(self, turns: Sequence[Message], bare: bool) -> _Rendered:
+        """The whole conversation, with what the assistant says (its end mark included) as spans.
+
+        Args:
+            bare: a prompt and its answer, which without a template are written one after the other, with no names of speakers.
+        """
         if not self.chat:
-            return self._render_plain(turns)
+            return self._render_plain(turns, bare)
         text, spans = self._template(turns, generate=False), []
         for i, turn in enumerate(turns):
             if turn.role != "assistant":
@@ -161,8 +163,8 @@ class CausalEncoder:
             spans.append((len(before), len(upto.rstrip())))
         return _Rendered(text, spans)
 
-    def _render_plain(self, turns: Sequence[Message]) -> _Rendered:
-        if len(turns) == 2 and turns[0].role == "user":
+    def _render_plain(self, turns: Sequence[Message], bare: bool) -> _Rendered:
+        if bare:
             prompt = turns[0].content.rstrip(" ")
             gap = "" if prompt[-1:].isspace() or not prompt else " "
             return _Rendered(prompt + gap + turns[1].content, [(len(prompt), len(prompt) + len(gap) + len(turns[1].content))])
@@ -189,13 +191,12 @@ class CausalEncoder:
         return ids, offsets
 
     def encode(self, examples: Sequence[Example], truncation: Truncation) -> list[Encoded]:
-        """Training rows; every one ends with eos, and its eos is learnt."""
+        """Training rows; every one ends with eos, which is learnt (or, where whole turns were cut, with its template's own end mark)."""
         rows: list[Encoded] = []
         for chunk in _chunks(examples):
-            rendered = [self._render(self.turns(e)) for e in chunk]
+            rendered = [self._render(self.turns(e), bare=not e.messages) for e in chunk]
             ids, offsets = self._tokenize([r.text for r in rendered])
             rows += [self._row(*parts, truncation) for parts in zip(rendered, ids, offsets, strict=True)]
-        truncation.rows += len(rows)
         return rows
 
     def _row(self, rendered: _Rendered, ids: list[int], offsets: list[tuple[int, int]], truncation: Truncation) -> Encoded:
@@ -248,10 +249,10 @@ class CausalEncoder:
         turns = self.turns(example)[:-1]
         if self.chat:
             text = self._template(turns, generate=True)
-        elif len(turns) == 1:
+        elif not example.messages:
             text = turns[0].content.rstrip(" ")
         else:
-            text = self._render_plain([*turns, Message("assistant", "")]).text.removesuffix(f" {self.tokenizer.eos_token}")
+            text = self._render_plain([*turns, Message("assistant", "")], bare=False).text.removesuffix(f" {self.tokenizer.eos_token}")
         ids = self._tokenize([text])[0][0]
         return self._middle_cut(ids, self.max_length)
 
@@ -264,7 +265,9 @@ class CausalEncoder:
         scored: list[Candidates] = []
         k = len(self.label_names)
         for chunk in _chunks(examples):
-            rendered = [self._render([Message("user", e.prompt), Message("assistant", name)]) for e in chunk for name in self.label_names]
+            rendered = [
+                self._render([Message("user", e.prompt), Message("assistant", name)], bare=True) for e in chunk for name in self.label_names
+            ]
             ids, offsets = self._tokenize([r.text for r in rendered])
             for i, example in enumerate(chunk):
                 group = [self._candidate(rendered[j], ids[j], offsets[j], self.label_names[j % k]) for j in range(i * k, i * k + k)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -225,7 +226,7 @@ def read_hub(config: DataConfig) -> tuple[dict[str, list[Row]], str | None]:
                     os.path.expanduser(config.hub_id), config.hub_config, split=name, revision=None if local else revision
                 )
             except ValueError as e:
-                raise ConfigError(f"data.{split}_split", name, str(e).splitlines()[0], f"data.{split}_split=null") from None
+                raise _hub_mistake(config, split, name, str(e)) from None
         names = {c: f.names for c, f in table.features.items() if hasattr(f, "names")}
         rows[split] = [
             Row(
@@ -235,3 +236,20 @@ def read_hub(config: DataConfig) -> tuple[dict[str, list[Row]], str | None]:
             for i, record in enumerate(table, 1)
         ]
     return rows, revision
+
+
+def _hub_mistake(config: DataConfig, split: str, name: str, message: str) -> ConfigError:
+    """Which key a ValueError of `load_dataset` is about: the configuration, the split, or the data set as a whole."""
+    listed = re.search(r"\[(.*?)\]", message)
+    there = re.findall(r"'([^']*)'", listed[1]) if listed else []
+    why = " ".join(message.split("\nExample of usage")[0].split())
+    if "Config name is missing" in message or "BuilderConfig" in message:
+        rule = f"{config.hub_id} has {', '.join(there)}" if there else why
+        near = nearest(config.hub_config or "", there) or next(iter(there), "")
+        if config.hub_config is None:
+            rule = f"must be given: {rule}"
+        return ConfigError("data.hub_config", config.hub_config, rule, f"data.hub_config={near or '...'}")
+    if re.match(r"(Unknown|Bad) split|Unrecognized instruction", message):
+        near = nearest(name, there) or ("null" if split != "train" else next(iter(there), "..."))
+        return ConfigError(f"data.{split}_split", name, why, f"data.{split}_split={near}")
+    return ConfigError("data.hub_id", config.hub_id, f"can't be read: {why}")

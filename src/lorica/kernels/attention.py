@@ -37,6 +37,12 @@ def _causal_arguments() -> dict[str, Any]:
     return {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
 
 
+def varlen_covers(config: Any) -> bool:
+    """Whether an architecture's attention is plain: no soft caps (Gemma 2), no sinks (gpt-oss)."""
+    text = config.get_text_config()
+    return getattr(text, "attn_logit_softcapping", None) is None and text.model_type != "gpt_oss"
+
+
 def varlen_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -57,8 +63,11 @@ def varlen_attention(
     Returns:
         [1, T, heads, D] and no weights.
     """
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ValueError("this architecture's attention has soft caps or sinks: model.attn_implementation=eager")
     assert cu_seq_lens_q is not None and max_length_q is not None and query.shape[0] == 1
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings leave fp32 where the weights are fp32
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)

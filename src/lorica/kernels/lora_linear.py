@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorica.kernels import dropout
+from lorica.kernels import dropout, nf4
 
 
 def _weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -25,9 +25,7 @@ def _weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
     if state is None:
         plain: torch.Tensor = base.weight.detach()
     else:
-        from bitsandbytes.functional import dequantize_4bit
-
-        plain = dequantize_4bit(base.weight.data, state)
+        plain = nf4.dequantize(base.weight.data, state)
     return plain.to(dtype)
 
 

@@ -14,7 +14,9 @@ from lorica.kernels import lora_linear
 
 
 def attach(model: Any, settings: LoraSettings, task: str, revision: str | None) -> Any:
-    """`model` with fresh adapters, in fp32, every other weight frozen.
+    """`model` with fresh adapters, every other weight frozen; what is trained (heads too) is in fp32.
+
+    Modules that the base's files did not hold (a classifier's new head, whatever it is called) are trained and saved whole.
 
     Raises:
         ConfigError: target names that the model does not have.
@@ -39,7 +41,7 @@ def attach(model: Any, settings: LoraSettings, task: str, revision: str | None) 
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=targets,
-        modules_to_save=settings.modules_to_save,
+        modules_to_save=sorted({*(settings.modules_to_save or []), *getattr(model, "lorica_new_modules", [])}) or None,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         bias=settings.bias,
@@ -53,6 +55,9 @@ def attach(model: Any, settings: LoraSettings, task: str, revision: str | None) 
         raise ConfigError(
             "model.lora.target_modules", None, "PEFT has no default for this architecture", "model.lora.target_modules=all-linear"
         ) from None
+    for p in adapted.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
     return _fast(adapted)
 
 
@@ -73,13 +78,22 @@ def save(model: Any, folder: Path) -> None:
     model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=resized)
 
 
+def check_files(folder: Path) -> None:
+    """Refuse an adapter's folder without safetensors.
+
+    Raises:
+        ConfigError: there is none, or a .bin in its place.
+    """
+    if not (folder / "adapter_model.safetensors").is_file():
+        other = "; adapter_model.bin is refused, it can hold code" if (folder / "adapter_model.bin").is_file() else ""
+        raise ConfigError("run", folder, f"has no adapter_model.safetensors{other}")
+
+
 def load(model: Any, folder: Path) -> Any:
     """`model` with the adapter of a folder, for inference."""
     from peft import PeftModel
 
-    if not (folder / "adapter_model.safetensors").is_file():
-        other = "; adapter_model.bin is refused, it can hold code" if (folder / "adapter_model.bin").is_file() else ""
-        raise ConfigError("run", folder, f"has no adapter_model.safetensors{other}")
+    check_files(folder)
     return _fast(PeftModel.from_pretrained(model, str(folder)))
 
 

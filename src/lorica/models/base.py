@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +16,7 @@ from lorica.checks import positions_of
 from lorica.config import ConfigError, ModelConfig, QuantizationSettings
 from lorica.hub import hub_errors, resolve_revision
 from lorica.kernels import attention
+from lorica.models.sequence_classifier import takes_flat
 from lorica.screen import quiet_transformers
 
 # Weights that a Python package carries, by the hub name of the same files: (package, folder in it, sha256 of model.safetensors).
@@ -60,8 +61,10 @@ def find_base(name: str, revision: str | None, key: str = "model.base") -> Base:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError(key, name, "has no config.json", "a folder that from_pretrained can load")
+        if revision is not None and key == "model.base":
+            raise ConfigError("model.revision", revision, f"{name} is a folder, which has no revisions", "model.revision=null")
         return Base(str(folder.resolve()), str(folder.resolve()), None)
-    if name in PACKAGED:
+    if name in PACKAGED and revision is None:
         package, inner, digest = PACKAGED[name]
         spec = find_spec(package)
         if spec is not None and spec.submodule_search_locations:
@@ -145,15 +148,31 @@ def quantization_config(settings: QuantizationSettings, compute: torch.dtype, ke
     )
 
 
-def attention_name(requested: str, device: torch.device, flat_possible: bool) -> str:
-    """transformers' name of the attention to use; varlen only where batches can be laid end to end."""
+def attention_name(requested: str, architecture: Any, task: str, device: torch.device, dtype: torch.dtype) -> str:
+    """transformers' name of the attention to use; varlen only where batches can be laid end to end.
+
+    Args:
+        dtype: of the arithmetic: variable-length kernels take bf16 and fp16.
+    Raises:
+        ConfigError: varlen was asked for where it can't be.
+    """
+    flat = dtype != torch.float32 and takes_flat(architecture, task)
     available = attention.varlen_available(device)
-    if requested == "varlen" and not (available and flat_possible):
+    if requested == "varlen" and not (available and flat):
         reason = "needs bf16 or fp16, and an architecture whose head is known" if available else "needs an NVIDIA GPU from Ampere on"
         raise ConfigError("model.attn_implementation", "varlen", reason, "model.attn_implementation=auto")
-    if requested in ("auto", "varlen"):
-        return attention.VARLEN if available and flat_possible else "sdpa"
-    return requested
+    if requested == "varlen" or (requested == "auto" and available and flat):
+        return attention.VARLEN
+    if requested != "auto":
+        return requested
+    cls = _loader(task)._model_mapping.get(type(architecture), None)
+    return "sdpa" if getattr(cls, "_supports_sdpa", True) else "eager"
+
+
+def _loader(task: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
 
 
 def load_model(
@@ -174,8 +193,6 @@ def load_model(
         dtype: type of the weights that are not in 4 bits; with 4 bits also the type they are multiplied in.
         labels: class names of a classifier, whose head is new.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
     attention.register()
     quiet_transformers()
     arguments: dict[str, Any] = {"config": config, "revision": base.revision, "dtype": dtype, "attn_implementation": attn}
@@ -190,18 +207,19 @@ def load_model(
         config.problem_type = "single_label_classification"
         keep += ["classifier", "score"]
     else:
-        keep += ["lm_head"]
+        keep += ["lm_head", "embed_out"]
     if tokenizer.pad_token_id < config.get_text_config().vocab_size:  # a new one gets its row below, after loading
         config.pad_token_id = tokenizer.pad_token_id
     if quantization is not None and quantization.load_in_4bit:
         arguments["quantization_config"] = quantization_config(quantization, dtype, keep)
         arguments["device_map"] = {"": device}
-    loader = AutoModelForCausalLM if model.task == "causal_lm" else AutoModelForSequenceClassification
+    loader = _loader(model.task)
     with hub_errors("model.base", base.name):
         try:
-            loaded = loader.from_pretrained(base.path, use_safetensors=True, **arguments)
+            loaded, info = loader.from_pretrained(base.path, use_safetensors=True, output_loading_info=True, **arguments)
         except ValueError as e:
             raise ConfigError("model.base", base.name, f"can't be loaded for {model.task}: {str(e).splitlines()[0]}") from None
+    loaded.lorica_new_modules = _new_modules(base, model.task, info["missing_keys"])
     if len(tokenizer) > loaded.get_input_embeddings().weight.shape[0]:
         loaded.resize_token_embeddings(len(tokenizer))
         loaded.config.lorica_resized = True
@@ -211,8 +229,21 @@ def load_model(
     return loaded
 
 
+def _new_modules(base: Base, task: str, missing: Iterable[str]) -> list[str]:
+    """Modules of a classifier's head that the base's files don't hold, besides those that PEFT knows as heads.
+
+    Raises:
+        ConfigError: what is missing is no head: weights would be random.
+    """
+    modules = sorted({key.rpartition(".")[0] for key in missing})
+    lost = [m for m in modules if task == "causal_lm" or any(part.isdigit() for part in m.split("."))]
+    if lost:
+        raise ConfigError("model.base", base.name, f"its files lack weights of {', '.join(lost[:3])}" + (" and more" if lost[3:] else ""))
+    return [m for m in modules if not {"classifier", "score"} & set(m.split("."))]
+
+
 def build_tiny_mistral(folder: Path, seed: int) -> Path:
-    """Write a Mistral of 4 million random weights, and a tokenizer trained on the packaged samples, into `folder`.
+    """Write a Mistral of 3.4 million random weights, and a tokenizer trained on the packaged samples, into `folder`.
 
     The architecture and the files are a real Mistral's; nothing was learnt. The same seed gives the same bytes.
     """
@@ -260,7 +291,9 @@ def build_tiny_mistral(folder: Path, seed: int) -> Path:
     return folder
 
 
-def trained_labels(folder: Path) -> list[str] | None:
-    """Class names in a model folder's config.json, in order."""
-    names = json.loads((folder / "config.json").read_text("utf-8")).get("id2label")
-    return [names[k] for k in sorted(names, key=int)] if names else None
+def trained_labels(folder: Path) -> list[str]:
+    """Class names of a classifier's folder, in order; transformers' own (LABEL_0 ...) where its config.json has none."""
+    from transformers import AutoConfig
+
+    names = AutoConfig.from_pretrained(folder).id2label
+    return [names[k] for k in sorted(names)]

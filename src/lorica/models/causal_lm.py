@@ -12,8 +12,16 @@ from lorica.kernels.loss import head_cross_entropy
 from lorica.models.generation import greedy, stop_tokens
 from lorica.models.module import LoricaModule
 
-# Configuration values by which some architectures change their logits after the head (Cohere, Granite, Gemma).
-_HEAD_SCALES = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+# Configuration values by which some architectures change their logits after the head: Cohere, Granite, Gemma, RecurrentGemma,
+# Falcon-H1, xLSTM.
+_HEAD_SCALES = (
+    "logit_scale",
+    "logits_scaling",
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "lm_head_multiplier",
+    "output_logit_soft_cap",
+)
 
 
 class CausalLMModule(LoricaModule):

@@ -15,7 +15,6 @@ from lorica.hardware import Machine
 from lorica.kernels import attention, dropout
 from lorica.launch import wait_for_all
 from lorica.models import adapters, base
-from lorica.models.sequence_classifier import pooling
 
 
 @dataclass
@@ -54,8 +53,7 @@ def load(config: TrainConfig, data: LoricaDataModule, machine: Machine, folder: 
         if causal
         else ClassifierEncoder(tokenizer, settings.max_length)
     )
-    flat_possible = machine.compute_dtype != torch.float32 and (causal or pooling(architecture) is not None)
-    attn = base.attention_name(settings.attn_implementation, machine.device, flat_possible)
+    attn = base.attention_name(settings.attn_implementation, architecture, settings.task, machine.device, machine.compute_dtype)
     torch.manual_seed(config.seed)  # a classifier's head and the adapters start from here
     model = base.load_model(
         found,

@@ -60,9 +60,8 @@ class LoricaModule(LightningModule):
     def read_loss(self) -> float:
         """Mean loss a supervised token since the last reading, over all ranks. Waits for the device."""
         assert self.loss_account is not None
-        both = torch.stack(
-            [self.loss_account.double(), torch.tensor(float(self.supervised_account), device=self.device, dtype=torch.float64)]
-        )
+        precise = torch.float32 if self.device.type == "mps" else torch.float64  # Apple GPUs have no fp64
+        both = torch.stack([self.loss_account.to(precise), torch.tensor(float(self.supervised_account), device=self.device, dtype=precise)])
         both = self.trainer.strategy.reduce(both, reduce_op="sum")
         self.loss_account, self.supervised_account = None, 0
         total, supervised = both.tolist()

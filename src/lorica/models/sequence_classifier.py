@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lorica.kernels import attention
 from lorica.models.module import LoricaModule
 
 _FIRST_TOKEN = ("roberta", "xlm-roberta", "camembert")  # their heads read the first token's features; positions begin after padding_idx
@@ -24,6 +25,11 @@ def pooling(config: Any) -> str | None:
         return "pooled"
     cls = AutoModelForSequenceClassification._model_mapping.get(type(config), None)
     return "last" if isinstance(cls, type) and issubclass(cls, GenericForSequenceClassification) else None
+
+
+def takes_flat(config: Any, task: str) -> bool:
+    """Whether a model for a task can read sequences laid end to end."""
+    return attention.varlen_covers(config) and (task == "causal_lm" or pooling(config) is not None)
 
 
 class SequenceClassifierModule(LoricaModule):

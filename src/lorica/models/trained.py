@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from lorica.config import ConfigError, ModelConfig, QuantizationSettings
+from lorica.config import ConfigError, LoraSettings, ModelConfig, QuantizationSettings
 from lorica.kernels import attention
 from lorica.models import adapters, base
-from lorica.models.sequence_classifier import pooling
 from lorica.runs import read_task, weights_folder
 
 
@@ -47,7 +46,11 @@ def load_trained(run: Path, device: torch.device, base_name: str | None = None, 
     task = {**(_guess_adapter(folder) if is_adapter else _guess_model(folder)), **task}
     trained = getattr(torch, task.get("dtype") or "float32")
     dtype = trained if device.type == "cuda" else torch.float32
-    settings = ModelConfig(name="trained", task=task["task"], base=base_name or task["base"], max_length=task.get("max_length") or 512)
+    kept = _modules_to_save(folder) if is_adapter else []
+    lora = LoraSettings(modules_to_save=kept) if kept else None
+    settings = ModelConfig(
+        name="trained", lora=lora, task=task["task"], base=base_name or task["base"], max_length=task.get("max_length") or 512
+    )
     if not is_adapter:
         settings.base = str(folder)
     elif base_name is None and (run / "base" / "config.json").is_file():
@@ -60,8 +63,7 @@ def load_trained(run: Path, device: torch.device, base_name: str | None = None, 
     )
     config = base.load_config(found, ModelConfig(name="", task=settings.task, base=settings.base, max_length=8))
     quantization = QuantizationSettings(**task["quantization"]) if is_adapter and task.get("quantization") else None
-    flat_possible = dtype != torch.float32 and (settings.task == "causal_lm" or pooling(config) is not None)
-    attn = base.attention_name("auto", device, flat_possible)
+    attn = base.attention_name("auto", config, settings.task, device, dtype)
     model = base.load_model(
         found, settings, config, tokenizer, device=device, dtype=dtype, labels=task.get("labels"), attn=attn, quantization=quantization
     )
@@ -70,6 +72,11 @@ def load_trained(run: Path, device: torch.device, base_name: str | None = None, 
     if is_adapter:
         model = adapters.load(model, folder)
     return Trained(model.to(device).eval(), tokenizer, task, folder if is_adapter else None, found, attn != attention.VARLEN)
+
+
+def _modules_to_save(folder: Path) -> list[str]:
+    """Modules that an adapter holds whole; a base in 4 bits must leave them as they are."""
+    return list(json.loads((folder / "adapter_config.json").read_text("utf-8")).get("modules_to_save") or [])
 
 
 def _guess_adapter(folder: Path) -> dict[str, Any]:
@@ -83,6 +90,7 @@ def _guess_adapter(folder: Path) -> dict[str, Any]:
         "max_length": 512,
     }
     weights = folder / "adapter_model.safetensors"
+    adapters.check_files(folder)
     if task == "sequence_classification" and weights.is_file():
         with safe_open(weights, "pt") as file:
             heads = [k for k in file.keys() if k.endswith(("classifier.weight", "score.weight", "out_proj.weight"))]  # noqa: SIM118

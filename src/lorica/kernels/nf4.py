@@ -1,0 +1,102 @@
+"""NF4 weights to plain ones in one launch: codes, block scales and the scales' own quantisation together, at memory bandwidth.
+
+bitsandbytes' own operation takes three launches with double quantisation. Its layout (bitsandbytes.functional.quantize_4bit): two
+codes a byte, the first in the high bits; a scale for each `blocksize` weights; with double quantisation scales are a byte each, looked
+up in a table of 256, times a scale for each 256 of them, plus an offset. Where there is no Triton, or another layout, bitsandbytes'
+operation is used; it is also the reference in the tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # builds of torch for CPUs come without
+    triton = None
+
+BYTES = 1024  # of codes, to a program
+
+
+def covers(weight: torch.Tensor, state: Any) -> bool:
+    """Whether `dequantize` can take a weight: 4-bit codes on a CUDA device with doubly quantised scales."""
+    return triton is not None and weight.is_cuda and weight.dtype == torch.uint8 and bool(state.nested)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _kernel(  # type: ignore[no-untyped-def]
+        codes, scales, table, table2, scales2, offset, out, n_bytes, half: tl.constexpr, blocksize2: tl.constexpr, size: tl.constexpr
+    ):
+        at = tl.program_id(0) * size + tl.arange(0, size)
+        inside = at < n_bytes
+        packed = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
+        block = at // half
+        scale = tl.load(table2 + tl.load(scales + block, mask=inside, other=0).to(tl.int32))
+        scale = scale * tl.load(scales2 + block // blocksize2, mask=inside, other=0.0) + tl.load(offset)
+        first = tl.load(table + (packed >> 4)) * scale
+        second = tl.load(table + (packed & 15)) * scale
+        both = tl.interleave(first, second)
+        place = tl.program_id(0) * size * 2 + tl.arange(0, 2 * size)
+        tl.store(out + place, both.to(out.dtype.element_ty), mask=place < 2 * n_bytes)
+
+
+@torch.library.custom_op("lorica::dequantize_nf4", mutates_args=())
+def dequantize_nf4(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    table: torch.Tensor,
+    table2: torch.Tensor,
+    scales2: torch.Tensor,
+    offset: torch.Tensor,
+    blocksize: int,
+    blocksize2: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """[rows, columns] in `dtype`.
+
+    Args:
+        codes: uint8, rows * columns / 2 of them. scales: uint8, one for each `blocksize` weights. table: fp32 [16]. table2: fp32 [256].
+        scales2: fp32, one for each `blocksize2` scales. offset: fp32 scalar.
+    """
+    out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+    count = rows * columns // 2
+    _kernel[(triton.cdiv(count, BYTES),)](
+        codes, scales, table, table2, scales2, offset, out, count, half=blocksize // 2, blocksize2=blocksize2, size=BYTES
+    )
+    return out
+
+
+@dequantize_nf4.register_fake
+def _(codes, scales, table, table2, scales2, offset, blocksize, blocksize2, rows, columns, dtype):  # type: ignore[no-untyped-def]
+    return torch.empty(rows, columns, dtype=dtype, device=codes.device)
+
+
+def dequantize(weight: torch.Tensor, state: Any) -> torch.Tensor:
+    """The plain weight [out, in] of a bitsandbytes 4-bit parameter, in the type it was quantised from."""
+    rows, columns = state.shape
+    if not covers(weight, state):
+        from bitsandbytes.functional import dequantize_4bit
+
+        theirs: torch.Tensor = dequantize_4bit(weight, state)
+        return theirs
+    ours: torch.Tensor = dequantize_nf4(
+        weight,
+        state.absmax,
+        state.code,
+        state.state2.code,
+        state.state2.absmax,
+        state.offset,
+        state.blocksize,
+        state.state2.blocksize,
+        rows,
+        columns,
+        state.dtype,
+    )
+    return ours

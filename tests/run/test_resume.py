@@ -1,0 +1,115 @@
+"""What a resumed run may and may not do: finish what was trained, refuse what differs, never report weights that were not trained."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorica import callbacks, evaluation
+
+Lorica = Callable[..., tuple[int, str]]
+SMALL = ("data.max_train_examples=24", "data.max_validation_examples=8", "data.max_test_examples=8", "trainer.log_every_n_steps=1")
+SHORT = (*SMALL, "trainer.batch_size=4", "trainer.max_epochs=1")
+
+
+def _weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def _fail(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("power cut")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    from lorica.cli import main
+
+    run = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.raises(SystemExit) as end:
+        main("train", [*SHORT, f"run_dir={run}"])
+    assert end.value.code == 0
+    return run
+
+
+def test_a_run_killed_in_its_test_pass_ends_with_all_its_figures(whole: Path, tmp_path: Path, lorica: Lorica) -> None:
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(evaluation, "test", _fail)
+        assert lorica("train", *SHORT, f"run_dir={tmp_path / 'cut'}")[0] == 1
+    code, printed = lorica("train", f"resume={tmp_path / 'cut'}")
+    assert code == 0, printed
+    ours, theirs = (json.loads((run / "metrics.json").read_text()) for run in (tmp_path / "cut", whole))
+    assert ours.keys() == theirs.keys()
+    for name in ("val/f1_macro_best", "train/best_step", "test/loss"):
+        assert ours[name] == pytest.approx(theirs[name]), name
+    assert ours["train/tokens_per_second"] > 0
+
+
+def test_weights_that_were_never_written_are_taken_from_the_checkpoint(tmp_path: Path, lorica: Lorica) -> None:
+    arguments = [*SHORT, "data.validation_fraction=0", "trainer.checkpoint_every_n_steps=3", f"run_dir={tmp_path / 'cut'}"]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(callbacks.KeepBest, "write", _fail, raising=False)
+        m.setattr("lorica.models.weights.save", _fail)
+        assert lorica("train", *arguments)[0] == 1
+    assert lorica("train", f"resume={tmp_path / 'cut'}")[0] == 0
+    assert any(value.abs().max() > 0 for name, value in _weights(tmp_path / "cut").items() if "lora_B" in name)
+
+
+def test_a_second_training_without_validation_keeps_its_own_weights(tmp_path: Path, lorica: Lorica) -> None:
+    arguments = [*SHORT, "data.validation_fraction=0", "trainer.checkpoint_every_n_steps=null", f"run_dir={tmp_path / 'run'}"]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(evaluation, "test", _fail)
+        assert lorica("train", *arguments)[0] == 1
+    first = _weights(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)
+    assert lorica("train", *arguments, "optimizer.lr=0.02")[0] == 0
+    assert not all(torch.equal(first[name], value) for name, value in _weights(tmp_path / "run").items())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("seed=7", "rows, a seed, batches or devices that differ"),
+        ("trainer.batch_size=3", "rows, a seed, batches or devices that differ"),
+        ("data.max_train_examples=20", "rows, a seed, batches or devices that differ"),
+        ("trainer.max_steps=2", "more than the 2 that are asked for now"),
+    ],
+)
+def test_another_plan_is_refused_and_the_run_stays_as_it_was(change: str, says: str, tmp_path: Path, lorica: Lorica) -> None:
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(evaluation, "test", _fail)
+        assert lorica("train", *SHORT, f"run_dir={run}")[0] == 1
+    before = (run / "config.yaml").read_text()
+    arguments = [a for a in SHORT if a.partition("=")[0] != change.partition("=")[0]]
+    code, printed = lorica("train", *arguments, change, "resume=auto", f"run_dir={run}")
+    assert code == 2 and says in " ".join(printed.split()), printed
+    assert (run / "config.yaml").read_text() == before and not (run / "metrics.json").exists()
+
+
+def test_no_step_is_logged_twice(tmp_path: Path, lorica: Lorica) -> None:
+    steps = ["trainer.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.max_epochs=1", "trainer.checkpoint_every_n_steps=2"]
+    record = callbacks.RecordLoss.on_train_batch_end
+
+    def stop_at_5(self: callbacks.RecordLoss, trainer: Any, pl_module: Any, *rest: Any) -> None:
+        record(self, trainer, pl_module, *rest)
+        if trainer.global_step == 5:
+            _fail()
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(callbacks.RecordLoss, "on_train_batch_end", stop_at_5)
+        assert lorica("train", *SMALL, *steps, f"run_dir={tmp_path / 'run'}")[0] == 1
+    assert lorica("train", f"resume={tmp_path / 'run'}")[0] == 0
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        logged = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert logged == sorted(set(logged)) == list(range(1, 7))
+
+
+def test_a_large_seed_trains(tmp_path: Path, lorica: Lorica) -> None:
+    assert lorica("train", "debug=fast", "seed=4294967295", f"run_dir={tmp_path / 'run'}")[0] == 0
