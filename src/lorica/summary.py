@@ -86,6 +86,8 @@ def next_command(folder: Path, data: LoricaDataModule) -> str:
 def _typed(name: str, value: str) -> str:
     """`name=value` for a shell; predict takes the value as it is, but for one pair of double quotes around it all."""
     quoted = f'"{value}"' if len(value) >= 2 and value[0] == value[-1] == '"' else value
+    if "'" in quoted and not set(quoted) & set('"$`\\!'):
+        return f'{name}="{quoted}"'
     return f"{name}={shlex.quote(quoted)}"
 
 
