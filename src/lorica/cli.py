@@ -116,8 +116,7 @@ def _screen(verb: str, what: str, overrides: list[str], config_dir: str | None) 
         "".join(f"  {group}: {', '.join(options)}\n" for group, options in group_options(config_dir).items()) if verb == "train" else ""
     )
     return (
-        f"usage: lorica {verb} [group=option ...] [key=value ...]"
-        + (" [-m]" if groups else "")
+        (f"usage: lorica {verb} [group=option ...] [key=value ...] [-m]" if groups else f"usage: lorica {verb} key=value ...")
         + " [--cfg job] [--config-dir DIR] [-sc install=bash]\n\n"
         + (f"groups\n{groups}\n" if groups else "")
         + f"keys and their values now (docs/configuration.md says what each means)\n{config}"

@@ -118,7 +118,7 @@ class ModelConfig:
     quantization: QuantizationSettings | None = key(None, "4-bit settings; null keeps the weights in 16 or 32 bits")
     attn_implementation: str = key(
         "auto",
-        "attention kernel; auto: varlen (sequences end to end, no padding) where the GPU and torch have it, else sdpa",
+        "attention kernel; auto: varlen (sequences end to end, no padding) where the GPU and torch have it, else sdpa; on CPUs shown as dense: the same, with dropout drawn faster",
         choices=("auto", "varlen", "sdpa", "eager", "flash_attention_2"),
     )
     recommended: RecommendedSettings = key(RecommendedSettings)

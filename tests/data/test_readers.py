@@ -446,3 +446,11 @@ def test_another_mistake_of_a_published_set_is_not_said_of_a_split(
     monkeypatch.setattr(datasets, "load_dataset", fails)
     with pytest.raises(ConfigError, match=r"^data.hub_id=.*Feature type 'Odd' not found"):
         read_hub(published(configurations=False))
+
+
+@pytest.mark.parametrize("mark", [";", "\t", ","])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_a_csv_file_may_be_separated_as_spreadsheets_do(mark: str, bom: str, tmp_path: Path) -> None:
+    file = tmp_path / "sheet.csv"
+    file.write_text(f'{bom}review{mark}stars\r\n"good{mark} really"{mark}5\r\n', encoding="utf-8", newline="")
+    assert [row.fields for row in read_rows(file, None)] == [{"review": f"good{mark} really", "stars": "5"}]

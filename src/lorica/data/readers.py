@@ -52,7 +52,8 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[Row]:
 def _csv_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(file, strict=True, delimiter=_delimiter(file.readline()) if columns is None else ",")
+        file.seek(0)
         header = columns
         while True:
             line = reader.line_num + 1
@@ -75,6 +76,11 @@ def _csv_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
                 yield Row(origin, {}, f"has {len(cells)} columns, not {len(header)}")
                 continue
             yield Row(origin, dict(zip(header, cells, strict=True)), _undecodable(cells))
+
+
+def _delimiter(header: str) -> str:
+    """What separates the names of a header line: a comma, or, where there is none, a semicolon or a tab (spreadsheets write these)."""
+    return next((mark for mark in ",;\t" if mark in header), ",")
 
 
 def _undecodable(values: Iterable[Any]) -> str:

@@ -25,7 +25,8 @@ def attach(model: Any, settings: LoraSettings, task: str, revision: str | None) 
 
     targets = settings.target_modules
     if isinstance(targets, list):
-        linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        heads = {"classifier", "score", "out_proj"} if task == "sequence_classification" else set()
+        linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)} - heads)
         suffixes = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
         for target in targets:
             if not any(name == target or name.endswith("." + target) for name in suffixes):
@@ -33,7 +34,7 @@ def attach(model: Any, settings: LoraSettings, task: str, revision: str | None) 
                     "model.lora.target_modules",
                     target,
                     f"is no linear layer of this model; it has {', '.join(linear)}",
-                    f"{nearest(target, linear) or linear[0]}",
+                    f"model.lora.target_modules=[{nearest(target, linear) or ','.join(linear[:2])}]",
                 )
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM if task == "causal_lm" else TaskType.SEQ_CLS,

@@ -62,7 +62,7 @@ def _card(config: TrainConfig, data: LoricaDataModule, base: Base) -> str:
     lora = config.model.lora
     kind = "LoRA adapter" if lora else "model"
     load = (
-        f'PeftModel.from_pretrained(AutoModel....from_pretrained("{base.name}"), "<this folder>")'
+        f'PeftModel.from_pretrained({_auto_class(config)}.from_pretrained("{base.name}"{_head_arguments(config, data)}), "<this folder>")'
         if lora
         else 'pipeline(..., model="<this folder>")'
     )
@@ -83,3 +83,12 @@ def _card(config: TrainConfig, data: LoricaDataModule, base: Base) -> str:
     if data.generative and "health" in config.data.name:
         card += ["- Answers are not medical advice."]
     return "\n".join(card) + "\n"
+
+
+def _auto_class(config: TrainConfig) -> str:
+    return "AutoModelForCausalLM" if config.model.task == "causal_lm" else "AutoModelForSequenceClassification"
+
+
+def _head_arguments(config: TrainConfig, data: LoricaDataModule) -> str:
+    """What the base's loader must be told of a classifier's new head."""
+    return f", num_labels={len(data.labels)}" if config.model.task != "causal_lm" and data.labels else ""
