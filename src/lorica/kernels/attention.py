@@ -140,8 +140,7 @@ def register() -> None:
 
 
 def make_dense(model: Any) -> str:
-    """Let a loaded model use `dense_attention` where its architecture can; return the attention it has then."""
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if whole._can_set_attn_implementation():
-        whole.set_attn_implementation(DENSE)
-    return str(whole.config._attn_implementation)
+    """Let transformers' model use `dense_attention` where its architecture can; return the attention it has then."""
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(DENSE)
+    return str(model.config._attn_implementation)

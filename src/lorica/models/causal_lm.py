@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from lorica.kernels.loss import head_cross_entropy
 from lorica.models.generation import greedy, stop_tokens
-from lorica.models.module import LoricaModule
+from lorica.models.module import LoricaModule, flat_inputs
 
 # Configuration values by which some architectures change their logits after the head: Cohere, Granite, Gemma, RecurrentGemma,
 # Falcon-H1, xLSTM.
@@ -31,7 +31,7 @@ class CausalLMModule(LoricaModule):
         """Cross-entropy at each of the batch's `predict_at` places, fp32 [S]."""
         if self._scales_logits():
             return F.cross_entropy(self.logits_at(batch).float(), batch["targets"], reduction="none")
-        whole = self._causal_model()
+        whole = self.whole
         vocabulary = whole.config.get_text_config().vocab_size
         return head_cross_entropy(whole.get_output_embeddings(), vocabulary, self._hidden_at(batch), batch["targets"])
 
@@ -40,22 +40,18 @@ class CausalLMModule(LoricaModule):
         if self._scales_logits():
             logits: torch.Tensor = self.model(**_inputs(batch)).logits
             return logits.flatten(0, 1)[batch["predict_at"]]
-        chosen: torch.Tensor = self._causal_model().get_output_embeddings()(self._hidden_at(batch))
+        chosen: torch.Tensor = self.whole.get_output_embeddings()(self._hidden_at(batch))
         return chosen
 
     def _hidden_at(self, batch: dict[str, Any]) -> torch.Tensor:
         """What the head reads at `predict_at`: [S, H]."""
-        hidden: torch.Tensor = self._causal_model().get_decoder()(**_inputs(batch)).last_hidden_state
+        hidden: torch.Tensor = self.whole.get_decoder()(**_inputs(batch)).last_hidden_state
         return hidden.flatten(0, 1)[batch["predict_at"]]
 
     def _scales_logits(self) -> bool:
         """Whether the architecture does more after its head than we would."""
-        config = self._causal_model().config.get_text_config()
+        config = self.whole.config.get_text_config()
         return any(getattr(config, name, None) not in (None, 1, 1.0) for name in _HEAD_SCALES)
-
-    def _causal_model(self) -> Any:
-        """transformers' model inside PEFT's wrapper; its layers carry the adapters."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def loss_sum(self, batch: dict[str, Any]) -> torch.Tensor:
         return self.token_losses(batch).sum()
@@ -72,7 +68,7 @@ class CausalLMModule(LoricaModule):
 
     def generate(self, prompts: Sequence[Sequence[int]], pad_id: int, max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations of token prompts; ids up to and without eos."""
-        whole = self._causal_model()
+        whole = self.whole
         attention, was_training = whole.config._attn_implementation, self.model.training
         checkpointing = bool(getattr(whole, "is_gradient_checkpointing", False))
         try:
@@ -89,13 +85,10 @@ class CausalLMModule(LoricaModule):
 
 
 def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch in transformers' names."""
-    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
-    if "cu_seqlens" not in batch:
-        return inputs | {"attention_mask": batch["attention_mask"]}
-    ends, longest = batch["cu_seqlens"], batch["max_seqlen"]
-    inputs |= {"position_ids": batch["position_ids"], "cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
-    return inputs | {"max_length_q": longest, "max_length_k": longest}
+    """A batch, flat or padded, in transformers' names."""
+    if "cu_seqlens" in batch:
+        return {**flat_inputs(batch), "use_cache": False}
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
 
 
 def label_scores(losses: torch.Tensor, slot: torch.Tensor, examples: int, labels: int) -> torch.Tensor:

@@ -74,7 +74,7 @@ def load(config: TrainConfig, data: LoricaDataModule, machine: Machine, folder: 
     if machine.device.type == "cpu":
         dropout.install(model)
         if attn == "sdpa" and settings.attn_implementation == "auto":
-            attn = attention.make_dense(model)
+            attn = attention.make_dense(model.get_base_model() if settings.lora is not None else model)
     if config.trainer.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Loaded(model, tokenizer, found, attn, padded=attn != attention.VARLEN)

@@ -30,6 +30,11 @@ class LoricaModule(LightningModule):
         self.loss_account: torch.Tensor | None = None  # summed loss since it was last read, on the device
         self.supervised_account = 0
 
+    @property
+    def whole(self) -> Any:
+        """transformers' model, inside PEFT's wrapper where there is one; its layers carry the adapters."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
     @abstractmethod
     def loss_sum(self, batch: dict[str, Any]) -> torch.Tensor:
         """The summed loss over a micro-batch's supervised tokens (or labelled texts), a scalar in fp32."""
@@ -100,3 +105,16 @@ class LoricaModule(LightningModule):
             for name, value in state_dict.items():
                 own[name].copy_(value)
         return torch.nn.modules.module._IncompatibleKeys([], [])
+
+
+def flat_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """A flat batch in the names that transformers passes on to attention."""
+    ends, longest = batch["cu_seqlens"], batch["max_seqlen"]
+    return {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }

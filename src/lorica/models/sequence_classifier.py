@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lorica.kernels import attention
-from lorica.models.module import LoricaModule
+from lorica.models.module import LoricaModule, flat_inputs
 
 _FIRST_TOKEN = ("roberta", "xlm-roberta", "camembert")  # their heads read the first token's features; positions begin after padding_idx
 
@@ -44,10 +44,8 @@ class SequenceClassifierModule(LoricaModule):
 
     def _flat_logits(self, batch: dict[str, Any]) -> torch.Tensor:
         """The classifier's own modules, on sequences laid end to end."""
-        whole = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        whole, inputs = self.whole, flat_inputs(batch)
         kind, body, ends = pooling(whole.config), whole.base_model, batch["cu_seqlens"]
-        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
-        inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": batch["max_seqlen"], "max_length_k": batch["max_seqlen"]}
         if kind == "last":
             last: torch.Tensor = whole.score(body(**inputs, use_cache=False).last_hidden_state[0, ends[1:].long() - 1])
             return last
