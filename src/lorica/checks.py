@@ -286,6 +286,14 @@ def _check_trainer(config: TrainConfig) -> None:
             "trainer.val_check_interval", interval, "must be a whole number of micro-batches or a share of an epoch in (0.0, 1.0]"
         )
     _check_devices(t.devices)
+    recomputed = t.gradient_checkpointing
+    if not (recomputed in (None, "offload") or (isinstance(recomputed, int) and recomputed >= 0)):
+        raise ConfigError(
+            "trainer.gradient_checkpointing",
+            recomputed,
+            "must be null, true, false, a number of layers or offload",
+            "trainer.gradient_checkpointing=null",
+        )
     if t.precision == "16-mixed" and t.accelerator == "cpu":
         raise ConfigError("trainer.precision", t.precision, "half precision has no CPU kernels for training", "trainer.precision=auto")
     if len(config.optimizer.betas) != 2 or not all(0.0 <= b < 1.0 for b in config.optimizer.betas):

@@ -102,7 +102,6 @@ class RecommendedSettings:
     warmup_ratio: float = key(0.06, "for optimizer.warmup_ratio", low=0.0, high=1.0)
     batch_size: int | None = key(None, "for trainer.batch_size", unit="examples", low=1)
     tokens_per_batch: int | None = key(None, "for trainer.tokens_per_batch", unit="tokens", low=8)
-    gradient_checkpointing: bool = key(False, "for trainer.gradient_checkpointing")
 
 
 @dataclass
@@ -229,11 +228,33 @@ class TrainerConfig:
         None, "micro-batch size in examples; give this or tokens_per_batch, else the model's own is taken", unit="examples", low=1
     )
     accumulate_grad_batches: int = key(1, "Lightning: micro-batches a step; the loss is that of one large batch, exactly", low=1)
-    group_by_length: bool = key(True, "put examples of like length into one micro-batch (less padding; the order stays random)")
+    group_by_length: bool = key(
+        True,
+        "choose a micro-batch's examples by length: alike where they are padded, filling trainer.tokens_per_batch where they lie end to end; the order stays random",
+    )
     gradient_clip_val: float | None = key(1.0, "Lightning: largest gradient norm; null: no clipping", above=0.0)
-    gradient_checkpointing: bool | None = key(
+    gradient_checkpointing: Any = key(
         None,
-        "null: the model's own; true: keep only each layer's input and compute the rest again in backward: less memory, about 30 % more time",
+        "layers that keep only their input and are computed again in backward (less memory, up to 40 % more time): true, false, how many, "
+        "or offload (all, and their inputs wait in host memory); null: as few as fit into the GPU, none on other devices",
+    )
+    compile: bool | None = key(
+        None,
+        "compile the model's layers at a few fixed batch sizes; null: on NVIDIA GPUs with variable-length attention, "
+        "where there are enough steps to be worth it",
+    )
+    fp8: bool = key(
+        False,
+        "multiply by the frozen weights under adapters in FP8 (e4m3, a scale for each row), forward and backward: faster, a little less exact; "
+        "for GPUs of the Hopper, Ada and Blackwell kinds",
+    )
+    resident_weights: bool = key(
+        False,
+        "keep 4-bit weights also as the plain (or FP8) ones that they are multiplied as: the same numbers, faster, four times the memory",
+    )
+    cuda_graphs: bool | None = key(
+        None,
+        "capture whole micro-steps of compiled layers, so that small ones don't wait for the host; null: up to 8,192 tokens on one GPU",
     )
     val_check_interval: Any = key(
         1.0,
@@ -369,5 +390,3 @@ def fill_recommended(config: TrainConfig) -> None:
     opt.warmup_ratio = own.warmup_ratio if opt.warmup_ratio is None else opt.warmup_ratio
     if trainer.batch_size is None and trainer.tokens_per_batch is None:
         trainer.batch_size, trainer.tokens_per_batch = own.batch_size, own.tokens_per_batch
-    if trainer.gradient_checkpointing is None:
-        trainer.gradient_checkpointing = own.gradient_checkpointing

@@ -131,6 +131,13 @@ def _bf16_faster_on_cpu() -> bool:
     return seconds[torch.bfloat16] < 0.6 * seconds[torch.float32]
 
 
+def memory_limit(device: torch.device) -> int:
+    """Bytes that this process may have on a GPU: what is free and what it holds already, within its share if one was set."""
+    free, total = torch.cuda.mem_get_info(device)
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+    return min(free + torch.cuda.memory_reserved(device), int(share * total))
+
+
 def reset_peak_memory() -> None:
     """Forget the peak before training."""
     if torch.cuda.is_available():

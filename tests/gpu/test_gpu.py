@@ -73,6 +73,28 @@ def test_dequantised_weights_are_bitsandbytes_own(shape: tuple[int, int], dtype:
         assert torch.equal(nf4.dequantize(codes, state), dequantize_4bit(codes, state))
 
 
+@pytest.mark.parametrize("resident", [False, True])
+def test_products_in_fp8_are_near_those_in_bf16(resident: bool) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    from lorica.kernels import frozen
+
+    torch.manual_seed(0)
+    base = Linear4bit(192, 320, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cuda")
+    x, g = (torch.randn(70, n, device="cuda", dtype=torch.bfloat16) for n in (192, 320))
+    down, up, back = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((70, 8), (8, 320), (8, 192)))
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        kept = frozen.tensors(base)
+        return frozen.product(x, base, *kept, down, up).float(), frozen.back_product(g, base, *kept, down, back).float()
+
+    exact = both()
+    frozen.prepare(base, torch.bfloat16, fp8=True, resident=resident)
+    rough = both()
+    for a, b in zip(exact, rough, strict=True):
+        assert 1e-4 < (a - b).norm() / a.norm() < 0.06
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_flat_encoders_equal_padded_ones(kind: str) -> None:
     from transformers import AutoConfig, AutoModelForSequenceClassification

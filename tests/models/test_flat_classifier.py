@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from lorica.config import OptimizerConfig
-from lorica.data.collate import collate_classifier
+from lorica.data.collate import collate_classifier, fill
 from lorica.data.encoding import Encoded
+from lorica.data.shapes import Shape
 from lorica.kernels import attention
 from lorica.models.sequence_classifier import SequenceClassifierModule, pooling
 
@@ -21,12 +22,14 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 
 
 def _one_at_a_time(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int, **arguments: Any) -> torch.Tensor:
-    causal = bool(arguments)
+    causal = bool({"is_causal", "window_size"} & set(arguments))
     bounds = ends.tolist()
-    assert max(b - a for a, b in itertools.pairwise(bounds)) == longest
+    assert max(b - a for a, b in itertools.pairwise(bounds)) <= longest
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     parts = [
         F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1) for x in (q, k, v)), is_causal=causal).transpose(0, 1)
         for a, b in itertools.pairwise(bounds)
+        if a < b
     ]
     return torch.cat(parts)
 
@@ -56,16 +59,18 @@ def test_flat_is_padded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = SequenceClassifierModule(model, OptimizerConfig(), 1)
     assert pooling(config) == {"bert": "pooled", "roberta": "first", "mistral": "last"}[kind]
     results = []
-    for name, padded in (("sdpa", True), (attention.VARLEN, False)):
-        whole.set_attn_implementation(name)
+    flat = collate_classifier(ROWS, 1, False)
+    batches = {"padded": collate_classifier(ROWS, 1), "flat": flat, "filled": fill(dict(flat), Shape(64, 9, 5, 17), 1)}
+    for name, batch in batches.items():
+        whole.set_attn_implementation("sdpa" if name == "padded" else attention.VARLEN)
         module.zero_grad()
-        batch = collate_classifier(ROWS, 1, padded)
-        logits = module.logits(batch)
+        logits = module.logits(batch)[: len(ROWS)]
         module.loss_sum(batch).backward()
         results.append([logits.detach(), *(p.grad for p in module.parameters() if p.grad is not None)])
-    assert len(results[0]) == len(results[1]) > 9
-    for ours, theirs in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert len(results[0]) == len(results[1]) == len(results[2]) > 9
+    for ours in results[1:]:
+        for mine, theirs in zip(ours, results[0], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_an_architecture_that_is_not_known_is_padded() -> None:

@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from lorica.kernels.nf4 import dequantize_nf4
+from lorica.kernels.nf4 import dequantize_nf4_e4m3, dequantize_nf4
 
 for kind in ("nf4", "fp4"):
     for shape in ((128, 256), (33, 192), (7, 640)):
@@ -19,7 +19,14 @@ for kind in ("nf4", "fp4"):
         inner = s.state2
         layout = (codes, s.absmax, s.code, inner.code, inner.absmax, s.offset, s.blocksize, inner.blocksize, *s.shape)
         ours = dequantize_nf4(*layout, torch.float32).to(torch.bfloat16)  # the interpreter cuts bf16 where the device rounds
-        assert torch.equal(ours, dequantize_4bit(codes, s)), (kind, shape)
+        plain = dequantize_4bit(codes, s)
+        assert torch.equal(ours, plain), (kind, shape)
+        exact = dequantize_nf4(*layout, torch.float32)
+        for transposed in (False, True):
+            wanted = exact.t() if transposed else exact
+            divisors = wanted.abs().amax(1, keepdim=True) / 448
+            e4m3 = dequantize_nf4_e4m3(*layout[:6], divisors, *layout[6:], transposed).float() * divisors
+            assert (e4m3 - wanted).norm() < 0.1 * wanted.norm(), (kind, shape, transposed)  # 0.03 on the device, which rounds
 print("equal")
 """
 

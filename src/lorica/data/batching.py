@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,7 +45,8 @@ class BatchPlan:
         lengths: tokens of each row. supervised: supervised tokens of each row (1 for a labelled text).
         batch_size, tokens_per_batch: the micro-batch, by rows or by tokens; exactly one is given.
         padded: whether micro-batches are padded to their longest row, so that tokens are counted with padding.
-        group_by_length: rows of like length share a micro-batch; their order stays random.
+        group_by_length: rows share a micro-batch by their lengths: like ones where it is padded, ones that fill it up where rows lie end
+            to end. The order stays random.
         max_epochs, max_steps: -1 for no limit; one of them must be set.
     """
 
@@ -120,7 +122,10 @@ class BatchPlan:
     def _build_epoch(self, epoch: int) -> _Epoch:
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
         per_window = self.accumulate * self.world_size
-        batches = self._cut(self._row_order(rng, per_window))
+        if self.group_by_length and not self.padded and self.tokens_per_batch is not None:
+            batches = self._pack(rng.permutation(len(self.lengths)), per_window)
+        else:
+            batches = self._cut(self._row_order(rng, per_window))
         if self.group_by_length:
             batches = [batches[i] for i in rng.permutation(len(batches))]
         windows = [batches[i : i + per_window] for i in range(0, len(batches), per_window)]
@@ -133,10 +138,37 @@ class BatchPlan:
         order = rng.permutation(len(self.lengths))
         if not self.group_by_length:
             return [int(i) for i in order]
+        chunks = self._chunks(order, per_window)
+        return [int(i) for chunk in chunks for i in chunk[np.argsort(-self.lengths[chunk], kind="stable")]]
+
+    def _chunks(self, order: np.ndarray, per_window: int) -> list[np.ndarray]:
+        """Rows in order, GROUPING_POOL windows' worth at a time."""
         size = self.batch_size or max(1, self.tokens_per_batch // max(1, int(self.lengths.mean())))  # type: ignore[operator]
         pool = size * per_window * GROUPING_POOL
-        chunks = (order[i : i + pool] for i in range(0, len(order), pool))
-        return [int(i) for chunk in chunks for i in chunk[np.argsort(-self.lengths[chunk], kind="stable")]]
+        return [order[i : i + pool] for i in range(0, len(order), pool)]
+
+    def _pack(self, order: np.ndarray, per_window: int) -> list[list[int]]:
+        """Rows into micro-batches of at most `tokens_per_batch`, the longest first, each to the fullest that still has room for it.
+
+        A chunk's emptiest micro-batch is broken up into the next chunk, so that only the epoch's last one is left unfilled.
+        """
+        assert self.tokens_per_batch is not None
+        batches: list[list[int]] = []
+        left: list[int] = []
+        for chunk in self._chunks(order, per_window):
+            rows = np.concatenate([np.asarray(left, order.dtype), chunk])
+            packed = pack(self.lengths, rows[np.argsort(-self.lengths[rows], kind="stable")], self.tokens_per_batch)
+            left = packed.pop(min(range(len(packed)), key=lambda i: int(self.lengths[packed[i]].sum())))
+            batches += packed
+        return [*batches, left]
+
+    def sizes(self) -> tuple[list[int], list[int], list[int]]:
+        """(tokens, rows, supervised tokens) of every micro-batch of every rank over the whole run; an empty one is taken for row 0."""
+        micro = [self.micro_batch(k, rank).rows or (0,) for k in range(len(self)) for rank in range(self.world_size)]
+        flat = np.concatenate([np.asarray(rows) for rows in micro])
+        begins = np.cumsum([0, *(len(rows) for rows in micro[:-1])])
+        tokens, supervised = np.add.reduceat(self.lengths[flat], begins), np.add.reduceat(self.supervised[flat], begins)
+        return tokens.tolist(), [len(rows) for rows in micro], supervised.tolist()
 
     def _cut(self, order: list[int]) -> list[list[int]]:
         """Rows in order into micro-batches within the size."""
@@ -160,6 +192,23 @@ class BatchPlan:
         if self.world_size == 1:
             return window
         return sorted(window, key=lambda b: -int(self.lengths[b].sum()) if b else 0)
+
+
+def pack(lengths: np.ndarray, order: Sequence[int] | np.ndarray, tokens: int) -> list[list[int]]:
+    """Rows in order into batches of at most `tokens` tokens: each to the batch with the least room that is enough, else to a new one."""
+    batches: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (room, batch), sorted
+    for row in order:
+        n = int(lengths[row])
+        at = bisect_left(rooms, (n, -1))
+        if at < len(rooms):
+            room, batch = rooms.pop(at)
+        else:
+            room, batch = tokens, len(batches)
+            batches.append([])
+        batches[batch].append(int(row))
+        insort(rooms, (room - n, batch))
+    return batches
 
 
 def cut_batches(lengths: np.ndarray, order: Sequence[int], batch_size: int | None, tokens: int | None, padded: bool) -> list[list[int]]:

@@ -8,6 +8,8 @@ to be asked how many there are. Flat, two rows of 3 and 2 tokens:
     cu_seqlens    [3]      0 3 5        (int32)
     predict_at    [S]      positions in the flattened [B*T] whose next token is learnt
     targets       [S]      those tokens
+
+`fill` makes flat batches of one size: fillers' tokens are read by nobody else, and their places count for nothing (IGNORE).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 
 from lorica.data.encoding import IGNORE, Candidates, Encoded
+from lorica.data.shapes import Shape
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,6 +46,28 @@ def flat(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
         "cu_seqlens": torch.from_numpy(ends.astype(np.int32)),
         "max_seqlen": int(lengths.max()),
     }
+
+
+def fill(batch: dict[str, Any], shape: Shape, pad_id: int) -> dict[str, Any]:
+    """A flat batch of training rows at exactly a shape's size: all its tensors have sizes that depend on the shape alone.
+
+    The tokens that are missing become sequences of `pad_id`; those of `cu_seqlens`'s that are still missing are empty, at the end.
+    """
+    ends = batch["cu_seqlens"].numpy()
+    missing = shape.tokens - int(ends[-1])
+    full, rest = divmod(missing, shape.longest)
+    fillers = np.array([shape.longest] * full + [rest] * bool(rest), np.int64)
+    more = np.full(shape.sequences + 1 - len(ends), shape.tokens, np.int32)
+    more[: len(fillers)] = ends[-1] + fillers.cumsum()
+    places = np.concatenate([np.zeros(0, np.int64), *(np.arange(n) for n in fillers)])
+    batch["input_ids"] = torch.cat([batch["input_ids"], torch.full((1, missing), pad_id)], 1)
+    batch["position_ids"] = torch.cat([batch["position_ids"], torch.from_numpy(places)[None]], 1)
+    batch["cu_seqlens"] = torch.from_numpy(np.concatenate([ends, more]))
+    batch["max_seqlen"] = shape.longest
+    for name, value in (("predict_at", 0), ("targets", IGNORE), ("labels", IGNORE)):
+        if name in batch:
+            batch[name] = torch.cat([batch[name], torch.full((shape.targets - len(batch[name]),), value)])
+    return batch
 
 
 def inputs(rows: Sequence[Sequence[int]], pad_id: int, padded: bool) -> tuple[dict[str, Any], list[int]]:

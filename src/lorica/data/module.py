@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lorica.config import ConfigError, DataConfig
 from lorica.data.batching import BatchPlan, evaluation_batches
-from lorica.data.collate import collate_candidates, collate_causal, collate_classifier
+from lorica.data.collate import collate_candidates, collate_causal, collate_classifier, fill
 from lorica.data.encoding import CausalEncoder, ClassifierEncoder, Encoded, Truncation
 from lorica.data.examples import SPLITS, Example, Splits, split_examples
 from lorica.data.readers import SAMPLES, Row, check_columns, read_hub, read_rows, split_files
+from lorica.data.shapes import Shape, shapes
 
 SHOWN_FAULTS = 3
 
@@ -56,6 +57,7 @@ class LoricaDataModule(LightningDataModule):
         self.faults: list[tuple[str, str]] = []  # (origin, why) of rows that were skipped
         self.truncation = Truncation()
         self.resume_at = 0  # the micro-step that training starts from
+        self.shapes: list[Shape] = []  # sizes that training batches are filled up to, smallest first; none: they stay as they are
         self._splits: Splits | None = None
 
     # --------------------------------------------------------------------------------------------------------- reading
@@ -186,6 +188,26 @@ class LoricaDataModule(LightningDataModule):
             **batching.plan,
         )
 
+    def fill_batches(self) -> None:
+        """Let training batches, which must be flat, have few sizes."""
+        self.shapes = shapes(*self.plan.sizes(), longest=max(len(r.ids) for r in self.train_rows))
+
+    def largest_batches(self) -> list[dict[str, Any]]:
+        """Training batches to try a model with: one for each of `shapes`, else only the largest; the largest last."""
+        ranks = self.batching.world_size
+        tokens = [n if not self.batching.padded else self._padded_tokens(i) for i, n in enumerate(self.plan.sizes()[0])]
+        if self.shapes:
+            chosen = {next(s for s in self.shapes if s.tokens >= n): i for i, n in enumerate(tokens)}
+            numbers = [chosen[s] for s in self.shapes]
+        else:
+            numbers = [max(range(len(tokens)), key=tokens.__getitem__)]
+        micro = [self.plan.micro_batch(i // ranks, i % ranks) for i in numbers]
+        return [self._collate_train(m.rows, m.window_supervised, m.epoch) for m in micro]
+
+    def _padded_tokens(self, i: int) -> int:
+        rows = self.plan.micro_batch(*divmod(i, self.batching.world_size)).rows or (0,)
+        return len(rows) * max(len(self.train_rows[r].ids) for r in rows)
+
     # --------------------------------------------------------------------------------------------------------- loading
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -200,6 +222,9 @@ class LoricaDataModule(LightningDataModule):
         chosen = [self.train_rows[r] for r in rows]
         ghost = not chosen  # this rank has no rows in this micro-step: it runs row 0 with weight 0, so that ranks stay in step
         batch = self._collate(chosen or [self.train_rows[0]])
+        if self.shapes:
+            tokens = batch["input_ids"].shape[1]
+            batch = fill(batch, next(s for s in self.shapes if s.tokens >= tokens), b.pad_id)
         batch["weight"] = 0.0 if ghost else b.world_size * b.plan.get("accumulate", 1) / window_supervised
         batch["count"] = {
             "examples": len(chosen),

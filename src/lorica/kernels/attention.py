@@ -7,7 +7,6 @@ mask is built. The second is what torch's scaled_dot_product_attention does on a
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from typing import Any
 
 import torch
@@ -29,12 +28,18 @@ def varlen_available(device: torch.device) -> bool:
     return True
 
 
-@cache
-def _causal_arguments() -> dict[str, Any]:
-    """How this torch's varlen_attn is told to be causal: newer ones by a window."""
-    from torch.nn.attention.varlen import varlen_attn
+def _varlen_parameters() -> frozenset[str]:
+    """The arguments of this torch's varlen_attn: newer ones are told by a window to be causal, and asked for grouped key heads."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
-    return {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
+
+_PARAMETERS = _varlen_parameters()
+_CAUSAL: dict[str, Any] = {"is_causal": True} if "is_causal" in _PARAMETERS else {"window_size": (-1, 0)}
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _PARAMETERS else {}  # older ones take fewer key heads as they are
 
 
 def varlen_covers(config: Any) -> bool:
@@ -68,13 +73,12 @@ def varlen_attention(
     assert cu_seq_lens_q is not None and max_length_q is not None and query.shape[0] == 1
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings leave fp32 where the weights are fp32
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     causal = getattr(module, "is_causal", True)
-    arguments = _causal_arguments() if causal else {}
+    arguments = dict(_CAUSAL) if causal else {}
     if causal and sliding_window is not None and max_length_q > sliding_window:
         arguments = {"window_size": (sliding_window - 1, 0)}
+    if q.shape[1] != k.shape[1]:
+        arguments |= _GROUPED
     if scaling is not None and abs(scaling - q.shape[-1] ** -0.5) > 1e-6:
         q = q * (scaling * q.shape[-1] ** 0.5)  # torch 2.11's kernel has no scale argument
     return _varlen(q.contiguous(), k.contiguous(), v.contiguous(), cu_seq_lens_q, max_length_q, **arguments)[None], None

@@ -4,8 +4,8 @@
     dx = g W + s d (g B) A                  dA = s (g B)^T (d x)       dB = s g^T (d x A^T)
 
 PEFT's own forward clones the base's output, casts the input to the adapter's type and back, and adds unfused. The modules, their
-names and their parameters stay PEFT's: only `forward` is replaced, and what this path does not cover (DoRA, adapters with biases,
-several active or merged adapters) goes through PEFT's, which is also the plain reference.
+names and their parameters stay PEFT's: only `forward` is replaced (by a subclass), and what this path does not cover (DoRA, adapters
+with biases, several active or merged adapters) goes through PEFT's, which is also the plain reference.
 """
 
 from __future__ import annotations
@@ -16,99 +16,109 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorica.kernels import dropout, nf4
-
-
-def _weight(base: Any, dtype: torch.dtype) -> torch.Tensor:
-    """W [out, in] of a frozen layer: as it is, or what its 4-bit codes stand for."""
-    state = getattr(base.weight, "quant_state", None)
-    if state is None:
-        plain: torch.Tensor = base.weight.detach()
-    else:
-        plain = nf4.dequantize(base.weight.data, state)
-    return plain.to(dtype)
+from lorica.kernels import dropout, frozen
+from lorica.kernels.frozen import Kept
 
 
 class _LoRALinear(torch.autograd.Function):
-    """x [tokens, in] in the compute type, A [r, in] and B [out, r] in their own (fp32) -> y [tokens, out] in the compute type."""
+    """x [tokens, in] in the compute type, A [r, in] and B [out, r] in their own (fp32) -> y [tokens, out] in the compute type.
+
+    The frozen weight's tensors are arguments, so that a compiler sees them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, base: Any, scaling: float, p: float) -> torch.Tensor:
-        dropped, kept = x, None
+    def forward(
+        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, base: Any, scaling: float, p: float, kept: Kept, *parts: torch.Tensor
+    ) -> torch.Tensor:
+        dropped, mask = x, None
         if p > 0 and dropout.covers(x):
-            kept = dropout.mask(x, p)  # scaled
-            dropped = x * kept
+            mask = dropout.mask(x, p)  # scaled
+            dropped = x * mask
         elif p > 0:
-            dropped, kept = torch.ops.aten.native_dropout(x, p, True)  # true or false
+            dropped, mask = torch.ops.aten.native_dropout(x, p, True)  # true or false
         down = dropped @ a.to(x.dtype).t()
-        y = torch.addmm(x @ _weight(base, x.dtype).t(), down, b.to(x.dtype).t(), alpha=scaling)
+        y = frozen.product(x, base, kept, parts, down * scaling, b.to(x.dtype).t())
         if base.bias is not None:
-            y += base.bias
-        ctx.save_for_backward(dropped, down, a, b, kept)
-        ctx.base, ctx.scaling, ctx.p = base, scaling, p
+            y = y + base.bias
+        ctx.save_for_backward(dropped, down, a, b, mask, *parts)
+        ctx.base, ctx.scaling, ctx.p, ctx.kept = base, scaling, p, kept
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dropped, down, a, b, kept = ctx.saved_tensors
+        dropped, down, a, b, mask, *parts = ctx.saved_tensors
         g = grads[0]
-        gb = (g @ b.to(g.dtype)).mul_(ctx.scaling)
+        gb = (g @ b.to(g.dtype)) * ctx.scaling
         da = (gb.t() @ dropped).to(a.dtype) if ctx.needs_input_grad[1] else None
-        db = (g.t() @ down).mul_(ctx.scaling).to(b.dtype) if ctx.needs_input_grad[2] else None
+        db = (g.t() @ down).to(b.dtype) * ctx.scaling if ctx.needs_input_grad[2] else None
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = g @ _weight(ctx.base, g.dtype)
-            if kept is None:
-                dx = torch.addmm(dx, gb, a.to(g.dtype))
+            through = a.to(g.dtype)
+            if mask is None:
+                dx = frozen.back_product(g, ctx.base, ctx.kept, tuple(parts), gb, through)
             else:
-                through = gb @ a.to(g.dtype)
-                scaled = kept.dtype != torch.bool
-                dx += through * kept if scaled else torch.ops.aten.native_dropout_backward(through, kept, 1.0 / (1.0 - ctx.p))
-        return dx, da, db, None, None, None
+                through = gb @ through
+                scaled = mask.dtype != torch.bool
+                masked = through * mask if scaled else torch.ops.aten.native_dropout_backward(through, mask, 1.0 / (1.0 - ctx.p))
+                dx = frozen.back_product(g, ctx.base, ctx.kept, tuple(parts), None, None) + masked
+        return dx, da, db, None, None, None, None, *(None for _ in parts)
 
 
-def _forward(layer: Any, plain: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """The layer's forward: ours where it applies, else PEFT's (`plain`)."""
-    active = layer.active_adapters
-    name = active[0] if len(active) == 1 else None
-    base = layer.base_layer
-    covered = (
-        name is not None
-        and name in layer.lora_A
-        and name not in layer.lora_variant
-        and not (args or kwargs or layer.disable_adapters or layer.merged)
-        and layer.lora_A[name].bias is None
-        and layer.lora_B[name].bias is None
-        and (base.bias is None or not base.bias.requires_grad)
-        and not base.weight.requires_grad
-    )
-    if not covered:
-        out: torch.Tensor = plain(x, *args, **kwargs)
-        return out
-    assert name is not None
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    drop = layer.lora_dropout[name]
-    p = drop.p if isinstance(drop, nn.Dropout) and layer.training else 0.0
-    flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    y: torch.Tensor = _LoRALinear.apply(flat, layer.lora_A[name].weight, layer.lora_B[name].weight, base, layer.scaling[name], p)
-    return y.view(*x.shape[:-1], -1)
+class _Forward:
+    """The forward of a PEFT layer: ours where it applies, else PEFT's own, which comes next in the class's order."""
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        active = self.active_adapters
+        name = active[0] if len(active) == 1 else None
+        base = self.base_layer
+        covered = (
+            name is not None
+            and name in self.lora_A
+            and name not in self.lora_variant
+            and not (args or kwargs or self.disable_adapters or self.merged)
+            and self.lora_A[name].bias is None
+            and self.lora_B[name].bias is None
+            and (base.bias is None or not base.bias.requires_grad)
+            and not base.weight.requires_grad
+        )
+        if not covered:
+            out: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return out
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        drop = self.lora_dropout[name]
+        p = drop.p if isinstance(drop, nn.Dropout) and self.training else 0.0
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        kept, parts = frozen.tensors(base)
+        y: torch.Tensor = _LoRALinear.apply(
+            flat, self.lora_A[name].weight, self.lora_B[name].weight, base, self.scaling[name], p, kept, *parts
+        )
+        return y.view(*x.shape[:-1], -1)
 
 
-def install(model: nn.Module) -> int:
-    """Give every LoRA layer over a plain or a 4-bit linear layer this forward; return how many there are."""
+@functools.cache
+def _classes() -> dict[type, type]:
+    """PEFT's class -> the same with our forward."""
     from peft.tuners.lora.layer import Linear
 
-    kinds: tuple[type, ...] = (Linear,)
+    kinds: list[type] = [Linear]
     try:
         from peft.tuners.lora.bnb import Linear4bit
 
-        kinds = (Linear, Linear4bit)
+        kinds.append(Linear4bit)
     except ImportError:  # no bitsandbytes: no 4-bit layers either
         pass
+    return {kind: type(kind.__name__, (_Forward, kind), {}) for kind in kinds}
+
+
+def install(model: nn.Module) -> int:
+    """Give every LoRA layer over a plain or a 4-bit linear layer this forward; return how many there are.
+
+    It is given by class, not by instance: a compiled layer is then the same code for every layer of a model.
+    """
     count = 0
     for module in model.modules():
-        if isinstance(module, kinds) and type(module.base_layer).__name__ in ("Linear", "Linear4bit"):
-            module.forward = functools.partial(_forward, module, module.forward)
+        if type(module) in _classes() and type(module.base_layer).__name__ in ("Linear", "Linear4bit"):
+            module.__class__ = _classes()[type(module)]
             count += 1
     return count

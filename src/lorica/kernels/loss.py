@@ -7,6 +7,7 @@ The head may be anything that maps [n, H] to [n, V]: a plain layer, one with an 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,13 @@ def head_cross_entropy(
     tiles = zip(hidden.split(rows), targets.split(rows), strict=True)
     if not torch.is_grad_enabled():
         return torch.cat([_losses(head, h, t) for h, t in tiles])
-    return torch.cat([checkpoint(_losses, head, h, t, use_reentrant=False) for h, t in tiles])
+    random = draws(head)
+    return torch.cat([checkpoint(_losses, head, h, t, use_reentrant=False, preserve_rng_state=random) for h, t in tiles])
+
+
+def draws(module: Any) -> bool:
+    """Whether a module draws random numbers in training: it has dropout."""
+    return isinstance(module, torch.nn.Module) and any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in module.modules())
 
 
 def _losses(head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

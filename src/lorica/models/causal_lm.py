@@ -70,17 +70,12 @@ class CausalLMModule(LoricaModule):
         """Greedy continuations of token prompts; ids up to and without eos."""
         whole = self.whole
         attention, was_training = whole.config._attn_implementation, self.model.training
-        checkpointing = bool(getattr(whole, "is_gradient_checkpointing", False))
         try:
             self.model.eval()
             whole.set_attn_implementation("sdpa" if attention.startswith("lorica") else attention)
-            if checkpointing:
-                whole.gradient_checkpointing_disable()
             return greedy(whole, prompts, pad_id, stop_tokens(whole), max_new_tokens)
         finally:
             whole.set_attn_implementation(attention)
-            if checkpointing:
-                whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.model.train(was_training)
 
 

@@ -13,6 +13,7 @@ from lorica.data.encoding import CausalEncoder, ClassifierEncoder
 from lorica.data.module import LoricaDataModule
 from lorica.hardware import Machine
 from lorica.kernels import attention, dropout
+from lorica.kernels.layers import Layers
 from lorica.launch import wait_for_all
 from lorica.models import adapters, base
 
@@ -21,7 +22,7 @@ from lorica.models import adapters, base
 class Loaded:
     """The model with its adapters, its tokenizer, and where it came from.
 
-    padded: batches must be padded, for there is no variable-length attention.
+    padded: batches must be padded, for there is no variable-length attention. layers: how its layers run in training.
     """
 
     model: Any
@@ -29,6 +30,7 @@ class Loaded:
     base: base.Base
     attention: str
     padded: bool
+    layers: Layers
 
 
 def load(config: TrainConfig, data: LoricaDataModule, machine: Machine, folder: Path, main: bool) -> Loaded:
@@ -75,6 +77,4 @@ def load(config: TrainConfig, data: LoricaDataModule, machine: Machine, folder: 
         dropout.install(model)
         if attn == "sdpa" and settings.attn_implementation == "auto":
             attn = attention.make_dense(model.get_base_model() if settings.lora is not None else model)
-    if config.trainer.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Loaded(model, tokenizer, found, attn, padded=attn != attention.VARLEN)
+    return Loaded(model, tokenizer, found, attn, padded=attn != attention.VARLEN, layers=Layers(model))

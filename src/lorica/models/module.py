@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 
 from lorica.config import OptimizerConfig
+from lorica.models.captured import CapturedSteps
 from lorica.models.optimizers import build_optimizer, build_schedule, effective_name
 
 
@@ -29,6 +31,11 @@ class LoricaModule(LightningModule):
         self.optimizer_config, self.total_steps, self.fused = optimizer, total_steps, fused
         self.loss_account: torch.Tensor | None = None  # summed loss since it was last read, on the device
         self.supervised_account = 0
+        self.capture: Callable[[], CapturedSteps | None] | None = None  # called when training starts
+        self.captured: CapturedSteps | None = None
+        self.roomy = False  # see `effective_name`
+        self.joined = False  # the trained weights lie end to end, and so do their gradients
+        self._to_replay: dict[str, Any] | None = None
 
     @property
     def whole(self) -> Any:
@@ -49,12 +56,36 @@ class LoricaModule(LightningModule):
         The batch's weight is ranks x accumulate / supervised tokens of the window: Lightning divides by `accumulate` and DDP by
         the ranks, which leaves (sum over the window) / (its supervised tokens), exactly (pytorch-lightning#20350).
         """
+        if self.captured is not None and self.captured.covers(batch):
+            self._to_replay = batch
+            return torch.zeros((), device=self.device)  # the loss is known when `backward` has run both
         total = self.loss_sum(batch)
-        own = total.detach() * (batch["weight"] > 0)  # a rank without rows in this micro-step runs one for company
-        self.loss_account = own if self.loss_account is None else self.loss_account + own
-        self.supervised_account += batch["count"]["supervised"]
+        self._account(total.detach(), batch)
         loss: torch.Tensor = total * batch["weight"]
         return loss
+
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Gradients of a micro-step; a captured one is run here, forward and all."""
+        if self._to_replay is None:
+            loss.backward(*args, **kwargs)
+            return
+        assert self.captured is not None
+        batch, self._to_replay = self._to_replay, None
+        self._account(self.captured.replay(batch), batch)
+
+    def _account(self, total: torch.Tensor, batch: dict[str, Any]) -> None:
+        own = total * (batch["weight"] > 0)  # a rank without rows in this micro-step runs one for company
+        self.loss_account = own if self.loss_account is None else self.loss_account + own
+        self.supervised_account += batch["count"]["supervised"]
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """In place where gradients lie end to end, or are what captured steps add to."""
+        optimizer.zero_grad(set_to_none=not self.joined and self.captured is None)
+
+    def on_train_start(self) -> None:
+        """Capture what is to be captured: not before, since Lightning frees cuBLAS's workspaces when it sets up a fit."""
+        if self.capture is not None:
+            self.captured = self.capture()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         return self.evaluate(batch)
@@ -73,8 +104,9 @@ class LoricaModule(LightningModule):
         return float(total / max(1.0, supervised))
 
     def configure_optimizers(self) -> Any:
-        name, _ = effective_name(str(self.optimizer_config.name), self.device)
-        optimizer = build_optimizer(self, self.optimizer_config, name, self.fused)
+        name, _ = effective_name(str(self.optimizer_config.name), self.device, self.roomy)
+        self.joined = self.device.type == "cuda" and self.trainer.world_size == 1  # several ranks reduce gradients by layers
+        optimizer = build_optimizer(self, self.optimizer_config, name, self.fused, self.joined)
         schedule = build_schedule(optimizer, self.optimizer_config, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -84,7 +116,8 @@ class LoricaModule(LightningModule):
         """Clip the norm. Lightning refuses to clip for fused optimisers under autocast; without a gradient scaler there is no reason to."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is None and gradient_clip_val is not None:
-            torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.grad is not None], gradient_clip_val)
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

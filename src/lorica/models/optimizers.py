@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from lorica.config import OptimizerConfig
 
+BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit states
+SMALL = 4096  # elements below which it keeps 32-bit states
 
-def effective_name(name: str, device: torch.device) -> tuple[str, str]:
-    """(optimiser that the device can run, why it is another than asked for or "")."""
+
+def effective_name(name: str, device: torch.device, roomy: bool = False) -> tuple[str, str]:
+    """(optimiser that the device can run, why it is another than asked for or "").
+
+    Args:
+        roomy: its memory is not short: paged states, for which the host waits at each step, are not needed.
+    """
+    if name == "paged_adamw_8bit" and device.type == "cuda" and roomy:
+        return "adamw_8bit", f"optimizer.name={name}: the GPU has room, so its states stay there (adamw_8bit, the same numbers)"
     if name in ("adamw_8bit", "paged_adamw_8bit") and device.type != "cuda":
         return "adamw", f"optimizer.name={name} needs an NVIDIA GPU; adamw is used"
     return name, ""
@@ -28,15 +38,40 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     return [g for g in ({"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}) if g["params"]]
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig, name: str, fused: bool) -> torch.optim.Optimizer:
+def end_to_end(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """The same weights as a few long parameters, of which the given ones become views, gradients too: one kernel updates, clips or
+    clears them all, where hundreds of adapters would take hundreds.
+
+    Each begins at a multiple of BLOCK elements, so that 8-bit states are the same as those of single weights; those that are too
+    small for 8 bits (bitsandbytes' min_8bit_size) stay alone. Gradients must be cleared in place from then on.
+    """
+    alone = [p for p in parameters if p.numel() < SMALL]
+    long: list[nn.Parameter] = []
+    for dtype in sorted({p.dtype for p in parameters if p.numel() >= SMALL}, key=str):
+        joined = [p for p in parameters if p.numel() >= SMALL and p.dtype == dtype]
+        begins = np.cumsum([0, *(-(-p.numel() // BLOCK) * BLOCK for p in joined)]).tolist()
+        whole = nn.Parameter(torch.zeros(begins[-1], dtype=dtype, device=joined[0].device))
+        whole.grad = torch.zeros_like(whole)
+        for p, begin in zip(joined, begins[:-1], strict=True):
+            place = slice(begin, begin + p.numel())
+            p.data = whole.data[place].view_as(p).copy_(p.data)
+            p.grad = whole.grad[place].view_as(p)
+        long.append(whole)
+    return long + alone
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig, name: str, fused: bool, joined: bool) -> torch.optim.Optimizer:
     """The optimiser over the trainable parameters.
 
     Args:
         name: after `effective_name`.
         fused: one kernel for all parameters; not possible under an fp16 gradient scaler with clipping.
+        joined: lay the weights `end_to_end`.
     """
     assert config.lr is not None
     groups = parameter_groups(module.named_parameters(), config.weight_decay)
+    if joined:
+        groups = [{**g, "params": end_to_end(g["params"])} for g in groups]
     betas = (config.betas[0], config.betas[1])
     if name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr)
@@ -47,6 +82,12 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, name: str, fused
     cls = bitsandbytes.optim.PagedAdamW8bit if name == "paged_adamw_8bit" else bitsandbytes.optim.AdamW8bit
     optimizer: torch.optim.Optimizer = cls(groups, lr=config.lr, betas=betas, eps=config.eps)
     return optimizer
+
+
+def state_bytes(module: nn.Module, name: str) -> int:
+    """Bytes that the optimiser will keep for a module's trainable weights: two moments each."""
+    each = {"sgd": 0, "adamw": 8}.get(name, 2)
+    return each * sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:

@@ -45,14 +45,16 @@ class SequenceClassifierModule(LoricaModule):
     def _flat_logits(self, batch: dict[str, Any]) -> torch.Tensor:
         """The classifier's own modules, on sequences laid end to end."""
         whole, inputs = self.whole, flat_inputs(batch)
-        kind, body, ends = pooling(whole.config), whole.base_model, batch["cu_seqlens"]
+        kind, body, ends = pooling(whole.config), whole.base_model, batch["cu_seqlens"].long()
+        rows = len(batch["labels"])  # fillers come after them
         if kind == "last":
-            last: torch.Tensor = whole.score(body(**inputs, use_cache=False).last_hidden_state[0, ends[1:].long() - 1])
+            last: torch.Tensor = whole.score(body(**inputs, use_cache=False).last_hidden_state[0, ends[1 : rows + 1] - 1])
             return last
         if kind == "first":
             inputs["position_ids"] = batch["position_ids"] + body.embeddings.padding_idx + 1
         inputs["token_type_ids"] = torch.zeros_like(batch["input_ids"])
-        first = body(**inputs).last_hidden_state[0, ends[:-1].long()][:, None]  # [B, 1, H]
+        at = ends[:rows].clamp(max=batch["input_ids"].numel() - 1)  # an empty sequence has no first token
+        first = body(**inputs).last_hidden_state[0, at][:, None]  # [B, 1, H]
         logits: torch.Tensor = whole.classifier(first if kind == "first" else whole.dropout(body.pooler(first)))
         return logits
 

@@ -1,0 +1,77 @@
+"""How a model's repeated layers run in training: compiled, and with their activations kept, computed again in backward, or sent to host
+memory meanwhile. Evaluation always takes the plain forward.
+
+A layer's forward is replaced on the layer itself, outside of what is compiled; all layers share one compiled code for each size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lorica.kernels.loss import draws
+
+
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The transformer layers, in order; empty for architectures that don't mark theirs (transformers' GradientCheckpointingLayer)."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+class Layers:
+    """The layers of one model, and how they run.
+
+    Attributes:
+        recomputed: how many layers, from the first on, keep only their input and are computed again in backward. The last ones keep
+            theirs, which are gone by the time that the first are computed again.
+        offload: the inputs that recomputed layers keep wait in pinned host memory.
+        random: whether a layer draws random numbers (dropout).
+        kept: bytes of activations that a layer kept in its latest forward in training, by layer; recorded while `measuring`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = repeated_layers(model)
+        self.recomputed = 0
+        self.offload = False
+        self.measuring = False
+        self.kept: dict[int, int] = {}
+        self._compiled: list[Callable[..., Any]] | None = None
+        self.random = draws(model)
+        self._plain = [layer.forward for layer in self.layers]
+        for i, layer in enumerate(self.layers):
+            layer.forward = functools.partial(self._run, i)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def compile(self, on: bool = True) -> None:
+        """Let training use compiled layers. Each size that they meet is compiled when it is first met."""
+        if on:
+            # two kinds of layers (the first has an input without gradient), some sizes: more than dynamo's default limit of 8 may come
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+        self._compiled = [torch.compile(forward, dynamic=False) for forward in self._plain] if on else None
+
+    def _run(self, i: int, *args: Any, **kwargs: Any) -> Any:
+        if not (self.layers[i].training and torch.is_grad_enabled()):
+            return self._plain[i](*args, **kwargs)
+        run = self._plain[i] if self._compiled is None else self._compiled[i]
+        if not self.measuring:
+            return self._trained(i, run, args, kwargs)
+        before = torch.cuda.memory_allocated()
+        out = self._trained(i, run, args, kwargs)
+        self.kept[i] = torch.cuda.memory_allocated() - before
+        return out
+
+    def _trained(self, i: int, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if i >= self.recomputed:
+            return run(*args, **kwargs)
+        if not self.offload:
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=self.random, **kwargs)
+        with torch.autograd.graph.save_on_cpu(pin_memory=True):
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=self.random, **kwargs)

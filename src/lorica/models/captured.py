@@ -1,0 +1,79 @@
+"""Micro-steps captured as CUDA graphs: forward, backward and the sum into the gradients as one launch.
+
+A step of a few thousand tokens costs the host more time to launch than the GPU to run. What is captured is the module's own step on a
+batch of a fixed `Shape`; a replay reads the batch from the tensors that were captured. Random draws of a replay follow from the seed
+that the device's generator has then, as they do without capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+TOKENS = 8192  # of a micro-batch; with more the GPU is busy longer than the host
+WARM_UP = 2  # runs before the capture, for what is allocated or compiled once
+
+
+class CapturedSteps:
+    """Captured micro-steps by the size of their batch.
+
+    Args:
+        loss_sum: the module's. arithmetic: a context for its forward (autocast), made anew for each use. accumulate: micro-steps a window.
+    """
+
+    def __init__(
+        self, loss_sum: Callable[[dict[str, Any]], torch.Tensor], arithmetic: Callable[[], AbstractContextManager[Any]], accumulate: int
+    ) -> None:
+        self._loss_sum, self._arithmetic, self._accumulate = loss_sum, arithmetic, accumulate
+        self._steps: dict[int, _Step] = {}
+        self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()  # steps run one after another: they may share their memory
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def capture(self, batch: dict[str, Any]) -> None:
+        """Make a graph of the step for batches of this batch's size. Gradients must exist and are left changed."""
+        step = _Step(batch)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UP):
+                step.run(self._loss_sum, self._arithmetic)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(step.graph, pool=self._pool, stream=self._stream):
+            step.run(self._loss_sum, self._arithmetic)
+        self._steps[batch["input_ids"].numel()] = step
+
+    def covers(self, batch: dict[str, Any]) -> bool:
+        """Whether there is a graph for batches of this size."""
+        return "max_seqlen" in batch and batch["input_ids"].numel() in self._steps
+
+    def replay(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Run the step on a batch: its gradients are added, its summed loss is returned (a tensor of its own)."""
+        step = self._steps[batch["input_ids"].numel()]
+        for name, place in step.batch.items():
+            if isinstance(place, torch.Tensor):
+                place.copy_(batch[name], non_blocking=True)
+        step.weight.fill_(batch["weight"] / self._accumulate)
+        step.graph.replay()
+        return step.total.clone()
+
+
+class _Step:
+    """One graph with the tensors that it reads and writes."""
+
+    def __init__(self, batch: dict[str, Any]) -> None:
+        self.batch = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        self.weight = torch.zeros((), device=batch["input_ids"].device)
+        self.graph = torch.cuda.CUDAGraph()
+        self.total = torch.zeros(())
+
+    def run(self, loss_sum: Callable[[dict[str, Any]], torch.Tensor], arithmetic: Callable[[], AbstractContextManager[Any]]) -> None:
+        with arithmetic():
+            total = loss_sum(self.batch)
+        (total * self.weight).backward()
+        self.total = total.detach()

@@ -1,0 +1,228 @@
+"""Before training: real micro-batches are run to compile the layers, to see how much memory they take, and to choose by that how many
+layers are computed again in backward. None of it leaves a trace in weights, gradients or random numbers."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from lorica.config import ConfigError, TrainerConfig
+from lorica.data.module import LoricaDataModule
+from lorica.hardware import memory_limit
+from lorica.kernels.layers import Layers
+from lorica.models.captured import TOKENS, CapturedSteps
+from lorica.models.module import LoricaModule
+from lorica.models.optimizers import state_bytes
+
+SPARE = 0.06  # share of the memory that is left free: fragments, evaluation, library workspaces
+SPARE_BYTES = 256 << 20
+WORTH_COMPILING = 60  # micro-steps: compiling takes as long as it saves in about as many
+
+
+@dataclass
+class Fit:
+    """How a run's micro-steps will run. seconds: what finding out took, compilation included."""
+
+    layers: int
+    recomputed: int
+    offload: bool
+    compiled: bool
+    captured: bool = False
+    seconds: float = 0.0
+
+    @property
+    def roomy(self) -> bool:
+        """Whether some layers could keep their activations: memory is not short."""
+        return self.recomputed < self.layers
+
+    def __str__(self) -> str:
+        ways = ["compiled" if self.compiled else "not compiled"]
+        if self.captured:
+            ways.append("whole micro-steps captured as CUDA graphs")
+        if self.recomputed == 0:
+            ways.append("activations kept")
+        elif self.recomputed == self.layers:
+            ways.append("every layer computed again in backward" + (", its input in host memory meanwhile" if self.offload else ""))
+        else:
+            ways.append(f"{self.recomputed} of {self.layers} computed again in backward")
+        return ", ".join(ways)
+
+
+def compiles(asked: bool | None, began: bool | None, layers: int, padded: bool, device: torch.device, micro_steps: int) -> bool:
+    """Whether the layers are compiled.
+
+    Args:
+        asked: `trainer.compile`. began: what a run that goes on began with. layers: of those that can be. micro_steps: of the whole run.
+    Raises:
+        ConfigError: it is asked for where it can't be.
+    """
+    lacking = [
+        why
+        for why, lacks in (
+            ("needs an NVIDIA GPU", device.type != "cuda"),
+            ("needs variable-length attention, which this GPU, precision or architecture lacks", padded),
+            ("does not know this architecture's layers", not layers),
+            (
+                "needs Triton and a C compiler",
+                not (find_spec("triton") and (os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc"))),
+            ),
+        )
+        if lacks
+    ]
+    if asked and lacking:
+        raise ConfigError("trainer.compile", True, lacking[0], "trainer.compile=null")
+    if asked is not None or lacking:
+        return bool(asked)
+    return micro_steps >= WORTH_COMPILING if began is None else began
+
+
+def fit(
+    module: LoricaModule,
+    layers: Layers,
+    data: LoricaDataModule,
+    trainer: TrainerConfig,
+    optimizer: str,
+    compiled: bool,
+    capture: bool,
+    arithmetic: Callable[[], AbstractContextManager[Any]],
+) -> Fit:
+    """Set how the layers run, and find out on a GPU what fits.
+
+    Args:
+        optimizer: its name. compiled: see `compiles`; `data` then fills its batches up. capture: whether micro-steps may be captured.
+        arithmetic: a context for forwards (autocast), made anew for each use.
+    Raises:
+        ConfigError: the largest micro-batch does not fit, or not as asked.
+    """
+    device = module.device
+    if device.type != "cuda" or not len(layers):
+        layers.recomputed, layers.offload = amount(trainer.gradient_checkpointing or False, len(layers))
+        return Fit(len(layers), layers.recomputed, layers.offload, False)
+    if compiled:
+        data.fill_batches()
+    batches = [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in data.largest_batches()]
+    fitting = Fitting(module, layers, batches, arithmetic)
+    found = fitting.fit(trainer.gradient_checkpointing, compiled, optimizer)
+    if compiled and capture and not found.offload and not (found.recomputed and layers.random):
+        module.capture = partial(fitting.capture, trainer.accumulate_grad_batches)
+        found.captured = batches[0]["input_ids"].numel() <= TOKENS
+    return found
+
+
+class Fitting:
+    """Runs micro-batches of a module before training.
+
+    Args:
+        batches: one for each size that training will meet, on the device, the largest last.
+        arithmetic: a context for forwards (autocast), made anew for each use.
+    """
+
+    def __init__(
+        self, module: LoricaModule, layers: Layers, batches: list[dict[str, Any]], arithmetic: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        self.module, self.layers, self.batches, self.arithmetic = module, layers, batches, arithmetic
+
+    def fit(self, asked: bool | int | str | None, compiled: bool, optimizer: str) -> Fit:
+        """Choose and set how the layers run.
+
+        Args:
+            asked: `trainer.gradient_checkpointing`; None: what fits. optimizer: its name, whose state comes on top.
+        Raises:
+            ConfigError: the largest micro-batch does not fit, or not as asked.
+        """
+        begun = time.perf_counter()
+        self.layers.compile(compiled)
+        if asked is None:
+            self._choose(state_bytes(self.module, optimizer))
+        else:
+            self.layers.recomputed, self.layers.offload = amount(asked, len(self.layers))
+            if not self._fits():
+                raise self._too_large("as asked", "trainer.gradient_checkpointing=null")
+        for batch in self.batches[:-1]:
+            self._run(batch)
+        self._forget()
+        return Fit(len(self.layers), self.layers.recomputed, self.layers.offload, compiled, False, time.perf_counter() - begun)
+
+    def _choose(self, state: int) -> None:
+        layers = self.layers
+        layers.recomputed, layers.offload = len(layers) - 1, False  # the last keeps its activations, to see how much they are
+        if self._fits():
+            torch.cuda.reset_peak_memory_stats()
+            layers.measuring = True
+            self._run(self.batches[-1])
+            layers.measuring = False
+            more = max(1, layers.kept[len(layers) - 1] - layers.kept[0])  # for each layer that keeps its own
+            limit = memory_limit(self.module.device) * (1 - SPARE) - SPARE_BYTES - state
+            keep = 1 + int((limit - torch.cuda.max_memory_allocated()) // more)
+            layers.recomputed = min(len(layers), max(0, len(layers) - keep))
+            while not self._fits():
+                if layers.recomputed == len(layers):
+                    break
+                layers.recomputed = min(len(layers), layers.recomputed + max(1, len(layers) // 8))
+            else:
+                return
+        layers.recomputed, layers.offload = len(layers), False
+        if not self._fits():
+            layers.offload = True
+            if not self._fits():
+                raise self._too_large("even with every layer computed again in backward", "a smaller trainer.tokens_per_batch")
+
+    def _fits(self) -> bool:
+        """Whether the largest micro-batch runs, with gradients left from one before."""
+        try:
+            self._run(self.batches[-1])
+            self._run(self.batches[-1])
+        except torch.cuda.OutOfMemoryError:
+            self._forget()
+            return False
+        return True
+
+    def _run(self, batch: dict[str, Any]) -> None:
+        with self.arithmetic():
+            total = self.module.loss_sum(batch)
+        (total * batch["weight"]).backward()
+
+    def _forget(self) -> None:
+        """No gradients, no cached memory."""
+        self.module.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def _too_large(self, how: str, fix: str) -> ConfigError:
+        tokens = self.batches[-1]["input_ids"].numel()
+        have = memory_limit(self.module.device) / 2**30
+        return ConfigError("trainer.tokens_per_batch", tokens, f"does not fit into the GPU's {have:.1f} GiB {how}", fix)
+
+    def capture(self, accumulate: int) -> CapturedSteps | None:
+        """Graphs of the micro-steps that are small enough, for which gradients are made; None where none could be."""
+        small = [b for b in self.batches if b["input_ids"].numel() <= TOKENS]
+        if not small:
+            return None
+        steps = CapturedSteps(self.module.loss_sum, self.arithmetic, accumulate)
+        try:
+            self._run(small[-1])  # makes the gradients of all that the loss depends on
+            for batch in reversed(small):
+                steps.capture(batch)
+        except torch.cuda.OutOfMemoryError:
+            pass
+        self.module.zero_grad(set_to_none=False)
+        return steps if len(steps) else None
+
+
+def amount(asked: bool | int | str, layers: int) -> tuple[int, bool]:
+    """(layers computed again in backward, whether their inputs go to host memory) of `trainer.gradient_checkpointing`."""
+    if asked == "offload":
+        return layers, True
+    if isinstance(asked, bool):
+        return (layers if asked else 0), False
+    return min(int(asked), layers), False
