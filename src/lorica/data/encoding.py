@@ -10,18 +10,28 @@ Too long an example keeps its eos and at least half of the length for its answer
 
 from __future__ import annotations
 
-import functools
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import numpy as np
 
 from lorica.config import ConfigError
 from lorica.data.examples import Example, Message
 
 IGNORE = -100  # torch.nn.functional.cross_entropy's ignore_index
+MARK = (0, 0)  # the characters of what a tokenizer puts around a text
 CHUNK = 1000  # examples tokenised by one call
+
+Progress = Callable[[int], None]  # told how many more examples are encoded
+R = TypeVar("R")
+
+
+def silent(more: int) -> None:
+    """The Progress that shows nothing."""
 
 
 class Encoded:
@@ -36,7 +46,7 @@ class Encoded:
 
     def __init__(self, ids: Sequence[int], labels: Sequence[int] = (), label: int = -1) -> None:
         self.ids, self.labels, self.label = array("i", ids), array("i", labels), label
-        self.supervised = len(self.labels) - 1 - self.labels[1:].count(IGNORE) if self.labels else 1
+        self.supervised = int(np.count_nonzero(np.frombuffer(self.labels, np.intc)[1:] != IGNORE)) if self.labels else 1
 
 
 @dataclass(slots=True)
@@ -63,6 +73,11 @@ class Truncation:
     texts: int = 0
     tokens_cut: int = 0
 
+    def add(self, other: Truncation) -> None:
+        """Count what another counted, too."""
+        for name, count in asdict(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
     def __str__(self) -> str:
         parts = [
             f"{n:,} {what}"
@@ -78,22 +93,41 @@ class ClassifierEncoder:
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
 
-    def encode(self, examples: Sequence[Example], truncation: Truncation) -> list[Encoded]:
+    def encode(self, examples: Sequence[Example], truncation: Truncation, progress: Progress = silent) -> list[Encoded]:
         """Token ids with the tokenizer's own special tokens, cut at the end of the text to max_length."""
         rows: list[Encoded] = []
-        for chunk in _chunks(examples):
-            batch = self.tokenizer([e.text for e in chunk], truncation=True, max_length=self.max_length, return_attention_mask=False)
-            for i, example in enumerate(chunk):
-                overflow = batch.encodings[i].overflowing
+        for chunk, ids, encodings in _one_ahead(self._tokenize, examples):
+            for example, row, encoding in zip(chunk, ids, encodings, strict=True):
+                overflow = encoding.overflowing
                 if overflow:
                     truncation.texts += 1
                     truncation.tokens_cut += sum(len(o.ids) - sum(o.special_tokens_mask) for o in overflow)
-                rows.append(Encoded(batch["input_ids"][i], label=-1 if example.label is None else example.label))
+                rows.append(Encoded(row, label=-1 if example.label is None else example.label))
+            progress(len(chunk))
         return rows
 
+    def _tokenize(self, chunk: Sequence[Example]) -> tuple[Sequence[Example], list[list[int]], list[Any]]:
+        return chunk, *_call(self.tokenizer, [e.text for e in chunk], truncation=True, max_length=self.max_length)
 
-def _chunks(examples: Sequence[Example]) -> list[Sequence[Example]]:
-    return [examples[i : i + CHUNK] for i in range(0, len(examples), CHUNK)]
+
+def _call(tokenizer: Any, texts: Sequence[str], **settings: Any) -> tuple[list[list[int]], list[Any]]:
+    """(token ids, `tokenizers.Encoding`) of every text. Offsets are asked of the Encoding, one by one: lists of them are slow."""
+    batch = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, **settings)
+    return batch["input_ids"], batch.encodings
+
+
+def _one_ahead(work: Callable[[Sequence[Example]], R], examples: Sequence[Example]) -> Iterator[R]:
+    """`work` on every chunk, in order; the next one's is done meanwhile, for the tokenizer lets other Python run."""
+    chunks = [examples[i : i + CHUNK] for i in range(0, len(examples), CHUNK)]
+    if len(chunks) < 2:
+        yield from map(work, chunks)
+        return
+    with ThreadPoolExecutor(1, "tokenize") as thread:
+        coming = thread.submit(work, chunks[0])
+        for chunk in chunks[1:]:
+            done, coming = coming, thread.submit(work, chunk)
+            yield done.result()
+        yield coming.result()
 
 
 @dataclass(slots=True)
@@ -117,6 +151,7 @@ class CausalEncoder:
         self.chat = bool(use_chat_template and getattr(tokenizer, "chat_template", None))
         if tokenizer.eos_token_id is None:
             raise ConfigError("model.base", tokenizer.name_or_path, "its tokenizer has no end-of-sequence token")
+        self.eos: int = tokenizer.eos_token_id
 
     # ------------------------------------------------------------------------------------------------------ rendering
 
@@ -137,31 +172,49 @@ class CausalEncoder:
             ) from None
         return text
 
-    def _render(self, turns: Sequence[Message], bare: bool) -> _Rendered:
-        """The whole conversation, with what the assistant says (its end mark included) as spans.
+    def _templates(self, conversations: Sequence[Sequence[Message]], generate: bool) -> list[str]:
+        """`_template` of each, by one call."""
+        if all(conversations):  # an empty one is refused by itself only
+            messages = [[{"role": m.role, "content": m.content} for m in turns] for turns in conversations]
+            try:
+                texts: list[str] = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+            except Exception:  # one by one, to say which and why
+                pass
+            else:
+                return texts
+        return [self._template(turns, generate) for turns in conversations]
+
+    def _render(self, examples: Sequence[Example]) -> list[_Rendered]:
+        """The whole conversations, with what the assistant says (its end mark included) as spans."""
+        return self._render_turns([self.turns(e) for e in examples], [not e.messages for e in examples])
+
+    def _render_turns(self, conversations: Sequence[Sequence[Message]], bare: Sequence[bool]) -> list[_Rendered]:
+        """As `_render`.
 
         Args:
             bare: a prompt and its answer, which without a template are written one after the other, with no names of speakers.
         """
         if not self.chat:
-            return self._render_plain(turns, bare)
-        text, spans = self._template(turns, generate=False), []
-        for i, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            before = self._template(turns[:i], generate=True)
-            upto = self._template(turns[: i + 1], generate=False)
-            if not text.startswith(before):
-                before = self._template(turns[:i], generate=False)
-            if not (text.startswith(before) and text.startswith(upto)):
+            return [self._render_plain(turns, alone) for turns, alone in zip(conversations, bare, strict=True)]
+        answers = [(c, i) for c, turns in enumerate(conversations) for i, turn in enumerate(turns) if turn.role == "assistant"]
+        texts = self._templates(conversations, generate=False)
+        before = self._templates([conversations[c][:i] for c, i in answers], generate=True)
+        inner = [(c, i) for c, i in answers if i + 1 < len(conversations[c])]
+        upto = dict(zip(inner, self._templates([conversations[c][: i + 1] for c, i in inner], generate=False), strict=True))
+        spans: list[list[tuple[int, int]]] = [[] for _ in conversations]
+        for (c, i), start in zip(answers, before, strict=True):
+            text, end = texts[c], upto.get((c, i), texts[c])
+            if not text.startswith(start):
+                start = self._template(conversations[c][:i], generate=False)
+            if not (text.startswith(start) and text.startswith(end)):
                 raise ConfigError(
                     "model.use_chat_template",
                     True,
                     "the tokenizer's template rewrites earlier turns, so that answers can't be told apart",
                     "model.use_chat_template=false",
                 )
-            spans.append((len(before), len(upto.rstrip())))
-        return _Rendered(text, spans)
+            spans[c].append((len(start), len(end.rstrip())))
+        return [_Rendered(*parts) for parts in zip(texts, spans, strict=True)]
 
     def _render_plain(self, turns: Sequence[Message], bare: bool) -> _Rendered:
         if bare:
@@ -181,48 +234,53 @@ class CausalEncoder:
 
     # ------------------------------------------------------------------------------------------------------- encoding
 
-    def _tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
-        batch = self.tokenizer(list(texts), add_special_tokens=not self.chat, return_offsets_mapping=True, return_attention_mask=False)
-        ids, offsets = batch["input_ids"], batch["offset_mapping"]
-        eos = self.tokenizer.eos_token_id
-        for i, row in enumerate(ids):  # some tokenizers end every text with eos; ours is added where an answer ends
-            if not self.chat and row and row[-1] == eos and offsets[i][-1][0] == offsets[i][-1][1]:
-                ids[i], offsets[i] = row[:-1], offsets[i][:-1]
-        return ids, offsets
+    def _tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], list[Any]]:
+        ids, encodings = _call(self.tokenizer, texts, add_special_tokens=not self.chat)
+        if not self.chat:
+            # Some tokenizers end every text with eos; ours is added where an answer ends.
+            for row, encoding in zip(ids, encodings, strict=True):
+                if row and row[-1] == self.eos and _is_mark(encoding, len(row) - 1):
+                    del row[-1]
+        return ids, encodings
 
-    def encode(self, examples: Sequence[Example], truncation: Truncation) -> list[Encoded]:
+    def _prepare(self, chunk: Sequence[Example]) -> tuple[list[_Rendered], list[list[int]], list[Any]]:
+        rendered = self._render(chunk)
+        return rendered, *self._tokenize([r.text for r in rendered])
+
+    def encode(self, examples: Sequence[Example], truncation: Truncation, progress: Progress = silent) -> list[Encoded]:
         """Training rows; every one ends with eos, which is learnt (or, where whole turns were cut, with its template's own end mark)."""
         rows: list[Encoded] = []
-        for chunk in _chunks(examples):
-            rendered = [self._render(self.turns(e), bare=not e.messages) for e in chunk]
-            ids, offsets = self._tokenize([r.text for r in rendered])
-            rows += [self._row(*parts, truncation) for parts in zip(rendered, ids, offsets, strict=True)]
+        for rendered, ids, encodings in _one_ahead(self._prepare, examples):
+            rows += [self._row(*parts, truncation) for parts in zip(rendered, ids, encodings, strict=True)]
+            progress(len(rendered))
         return rows
 
-    def _row(self, rendered: _Rendered, ids: list[int], offsets: list[tuple[int, int]], truncation: Truncation) -> Encoded:
-        labels = [IGNORE] * len(ids)
+    def _row(self, rendered: _Rendered, tokens: list[int], encoding: Any, truncation: Truncation) -> Encoded:
+        ids = array("i", tokens)
+        labels = array("i", (IGNORE,)) * len(ids)
         answers: list[tuple[int, int]] = []  # token ranges of the assistant's turns
         for start, end in rendered.spans:
-            first, last = _tokens_of(rendered.text, offsets, start, end)
+            first, last = _tokens_of(rendered.text, encoding, len(ids), start, end)
             if first < last:
                 answers.append((first, last))
                 labels[first:last] = ids[first:last]
-        eos = self.tokenizer.eos_token_id
+        eos = self.eos
         if answers:
             last = answers[-1][1]
-            ids, labels = ids[:last], labels[:last]  # nothing after the last answer can be learnt from
+            del ids[last:], labels[last:]  # nothing after the last answer can be learnt from
             if ids[-1] != eos:
-                ids, labels = [*ids, eos], [*labels, eos]
+                ids.append(eos)
+                labels.append(eos)
                 answers[-1] = (answers[-1][0], last + 1)
         if len(ids) > self.max_length:
             ids, labels = self._shorten(ids, labels, answers, truncation)
         return Encoded(ids, labels)
 
     def _shorten(
-        self, ids: list[int], labels: list[int], answers: list[tuple[int, int]], truncation: Truncation
-    ) -> tuple[list[int], list[int]]:
+        self, ids: array[int], labels: array[int], answers: list[tuple[int, int]], truncation: Truncation
+    ) -> tuple[array[int], array[int]]:
         """Whole turns first; else the middle of the prompt and the end of the answer, which keeps half of the length and its eos."""
-        limit, eos = self.max_length, self.tokenizer.eos_token_id
+        limit, eos = self.max_length, self.eos
         fitting = [end for _, end in answers if end <= limit]
         if fitting:
             truncation.turns += 1
@@ -236,10 +294,8 @@ class CausalEncoder:
         truncation.tokens_cut += len(ids) - limit
         truncation.prompts += keep_prompt < prompt
         truncation.completions += keep_answer < answer
-        head, tail = keep_prompt - keep_prompt // 2, keep_prompt // 2
-        kept = [*range(head), *range(prompt - tail, prompt)] if keep_prompt < prompt else list(range(prompt))
-        kept += range(start, start + keep_answer)
-        ids, labels = [ids[i] for i in kept], [labels[i] for i in kept]
+        head, tail = (keep_prompt - keep_prompt // 2, keep_prompt // 2) if keep_prompt < prompt else (prompt, 0)
+        ids, labels = (row[:head] + row[prompt - tail : prompt] + row[start : start + keep_answer] for row in (ids, labels))
         if keep_answer:
             ids[-1] = labels[-1] = eos
         return ids, labels
@@ -260,31 +316,35 @@ class CausalEncoder:
     def _middle_cut(ids: list[int], limit: int) -> list[int]:
         return ids if len(ids) <= limit else ids[: limit - limit // 2] + ids[len(ids) - limit // 2 :]
 
-    def candidates(self, examples: Sequence[Example]) -> list[Candidates]:
+    def candidates(self, examples: Sequence[Example], progress: Progress = silent) -> list[Candidates]:
         """Every label of a labelled set as the answer to each example."""
         scored: list[Candidates] = []
-        k = len(self.label_names)
-        for chunk in _chunks(examples):
-            rendered = [
-                self._render([Message("user", e.prompt), Message("assistant", name)], bare=True) for e in chunk for name in self.label_names
-            ]
-            ids, offsets = self._tokenize([r.text for r in rendered])
+        k, eos = len(self.label_names), self.eos
+        for chunk, rendered, ids, encodings in _one_ahead(self._prepare_candidates, examples):
             for i, example in enumerate(chunk):
-                group = [self._candidate(rendered[j], ids[j], offsets[j], self.label_names[j % k]) for j in range(i * k, i * k + k)]
+                group = [self._candidate(rendered[j], ids[j], encodings[j], self.label_names[j % k]) for j in range(i * k, i * k + k)]
                 longest = max(len(ids) - start for ids, start in group)  # all labels follow the same prompt, however long they are
                 group = [self._fit(ids, start, self.max_length - longest) for ids, start in group]
-                scored.append(_fewest_sequences(group, -1 if example.label is None else example.label, self.tokenizer.eos_token_id))
+                scored.append(_fewest_sequences(group, -1 if example.label is None else example.label, eos))
+            progress(len(chunk))
         return scored
 
-    def _candidate(self, rendered: _Rendered, ids: list[int], offsets: list[tuple[int, int]], name: str) -> tuple[list[int], int]:
+    def _prepare_candidates(self, chunk: Sequence[Example]) -> tuple[Sequence[Example], list[_Rendered], list[list[int]], list[Any]]:
+        conversations = [[Message("user", e.prompt), Message("assistant", name)] for e in chunk for name in self.label_names]
+        rendered = self._render_turns(conversations, [True] * len(conversations))
+        return chunk, rendered, *self._tokenize([r.text for r in rendered])
+
+    def _candidate(self, rendered: _Rendered, ids: list[int], encoding: Any, name: str) -> tuple[list[int], int]:
         """(prompt + label tokens, where the label begins)."""
         start = rendered.spans[-1][0]
-        at = rendered.text.index(name, start)
-        inside = [
-            t
-            for t, (a, b) in enumerate(offsets)
-            if a >= start - _lead(rendered.text, a, b, start) and b > a and a < at + len(name) and b > start
-        ]
+        end = rendered.text.index(name, start) + len(name)
+        inside = []
+        for t in range(_ended(encoding, len(ids), start), len(ids)):
+            a, b = _span(encoding, t)
+            if a >= end:
+                break
+            if b > a and a >= start - _lead(rendered.text, a, b, start):
+                inside.append(t)
         first, last = inside[0], inside[-1] + 1
         return ids[:last], first
 
@@ -294,13 +354,41 @@ class CausalEncoder:
         return prompt + ids[start:], len(prompt)
 
 
-def _tokens_of(text: str, offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """The tokens, as a range, that lie within characters [start, end); white space before `start` may be part of the first."""
-    ends = functools.partial(bisect_right, offsets, key=lambda span: span[1])
-    first, last = ends(start), ends(end)
-    while first < last and offsets[first][0] < start - _lead(text, *offsets[first], start):
+def _span(encoding: Any, token: int) -> tuple[int, int]:
+    """A token's characters."""
+    span: tuple[int, int] = encoding.token_to_chars(token) or MARK
+    return span
+
+
+def _is_mark(encoding: Any, token: int) -> bool:
+    """Whether a token has no text of its own."""
+    start, end = _span(encoding, token)
+    return start == end
+
+
+def _ended(encoding: Any, length: int, place: int) -> int:
+    """How many of the first `length` tokens end at or before a character, marks at the end not counted."""
+    span = encoding.token_to_chars
+    while length:
+        start, end = span(length - 1) or MARK
+        if start < end:  # a mark's place would mislead the search
+            break
+        length -= 1
+    if not length or end <= place:
+        return length
+    return bisect_right(range(length), place, key=lambda token: (span(token) or MARK)[1])
+
+
+def _tokens_of(text: str, encoding: Any, length: int, start: int, end: int) -> tuple[int, int]:
+    """Which of the first `length` tokens, as a range, lie within characters [start, end); white space before `start` may be part of
+    the first."""
+    first, last = _ended(encoding, length, start), _ended(encoding, length, end)
+    while first < last:
+        a, b = _span(encoding, first)
+        if a >= start - _lead(text, a, b, start):
+            break
         first += 1
-    while first < last and offsets[last - 1][0] == offsets[last - 1][1]:  # a mark without text of its own
+    while first < last and _is_mark(encoding, last - 1):
         last -= 1
     return first, last
 
