@@ -17,6 +17,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs the shared data and models beside the checkout"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_file_in_the_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Token ids are kept in a folder of this session, also by the programs that tests start."""
+    os.environ["LORICA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real data and models beside the checkout."""

@@ -154,6 +154,10 @@ class DataConfig:
     on_bad_rows: str = key(
         "refuse", "what to do with rows that can't be used: stop and list them, or drop and count them", choices=("refuse", "skip")
     )
+    token_cache: bool = key(
+        True,
+        "keep the token ids of sets of 2,000 examples or more on disk, where the next run of the same data and tokenizer finds them",
+    )
     num_workers: int = key(0, "loader processes; 0 builds batches in the training process", low=0, high=256)
 
 

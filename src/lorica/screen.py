@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+import time
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +17,8 @@ from rich.highlighter import NullHighlighter
 from rich.table import Table
 
 from lorica.secrets import redact
+
+COUNT_SECONDS = 0.5  # what takes less gets no bar
 
 
 class Screen:
@@ -84,6 +89,34 @@ class Screen:
         for name, value in rows:
             table.add_row(name, value)
         self.print(table)
+
+    @contextlib.contextmanager
+    def counting(self, what: str, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
+        """Gives what is to be told (done, of how many): a bar shows it on a terminal, until all is done, if it takes long."""
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        bar: Progress | None = None
+        first: float | None = None
+
+        def show(done: int, total: int) -> None:
+            nonlocal bar, first
+            first = time.perf_counter() if first is None else first
+            if bar is None and done < total and time.perf_counter() - first > COUNT_SECONDS:
+                columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"))
+                bar = Progress(*columns, TimeRemainingColumn(), console=self.console, refresh_per_second=4, transient=True)
+                bar.start()
+                bar.add_task(what, total=total)
+            if bar is not None:
+                bar.update(bar.task_ids[0], completed=done)
+                if done >= total:
+                    bar.stop()
+
+        shown = enabled and self.rank == 0 and self.is_terminal
+        try:
+            yield show if shown else lambda done, total: None
+        finally:
+            if bar is not None:
+                bar.stop()
 
     def close(self) -> None:
         """Close the log file."""

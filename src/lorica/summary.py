@@ -58,6 +58,15 @@ def plan_notes(config: TrainConfig, data: LoricaDataModule, loaded: Loaded, mach
     return notes
 
 
+def tokenised_line(data: LoricaDataModule) -> str:
+    """Where the token ids came from; empty where they were made within a second."""
+    tokens = data.tokens
+    parts = [f"{tokens.found:,} tokenised rows from the cache"] if tokens.found else []
+    if tokens.seconds > 1.0:
+        parts.append(f"tokenised {tokens.made:,} rows in {duration(tokens.seconds)}")
+    return ", ".join(parts)
+
+
 def closing_rows(figures: dict[str, float]) -> list[tuple[str, str]]:
     """(name, value) lines of the closing table."""
     rows = [

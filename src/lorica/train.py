@@ -146,7 +146,10 @@ def _train(run: Run) -> None:
     began = state["callbacks"][cb.Checkpoints.__name__]["made_for"] if state is not None else {}
     machine = hardware.choose(config.trainer, began.get("a precision", "").removesuffix(" with FP8") or None)
     run.notes += machine.notes
-    loaded = load(config, data, machine, run.folder, run.main)
+    with screen.counting("tokenising", config.trainer.enable_progress_bar) as progress:
+        loaded = load(config, data, machine, run.folder, run.main, progress)
+    if tokenised := summary.tokenised_line(data):
+        screen.print(tokenised)
     batching = _batching(run, data, loaded, machine)
     data.connect(batching)
     if run.main:

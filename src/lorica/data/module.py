@@ -20,6 +20,7 @@ from lorica.data.encoding import CausalEncoder, ClassifierEncoder, Encoded, Trun
 from lorica.data.examples import SPLITS, Example, Splits, split_examples
 from lorica.data.readers import SAMPLES, Row, check_columns, read_hub, read_rows, split_files
 from lorica.data.shapes import Shape, shapes
+from lorica.data.token_cache import TokenCache
 
 SHOWN_FAULTS = 3
 
@@ -152,18 +153,30 @@ class LoricaDataModule(LightningDataModule):
 
     # -------------------------------------------------------------------------------------------------------- encoding
 
-    def encode(self, encoder: ClassifierEncoder | CausalEncoder) -> None:
-        """Tokenise every split for one model.
+    def encode(self, encoder: ClassifierEncoder | CausalEncoder, progress: Callable[[int, int], None] | None = None) -> None:
+        """Tokenise every split for one model, or read what an earlier run kept of the same; `tokens` says which it was.
 
         A causal model is trained on answers and, for a labelled set, evaluated on `Candidates`.
+
+        Args:
+            progress: told (examples done, examples in all) every so often.
         """
         splits = self.splits
         self.encoder = encoder
-        self.train_rows: list[Encoded] = encoder.encode(splits.train, self.truncation)
+        self.tokens = TokenCache(encoder, self.config.token_cache)
+        done, total = 0, sum(len(splits[split]) for split in SPLITS)
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            if progress is not None:
+                progress(done, total)
+
+        self.train_rows: list[Encoded] = self.tokens.rows(splits.train, self.truncation, count)
         scored = isinstance(encoder, CausalEncoder) and self.labels is not None
         spare = Truncation()
         self.eval_rows: dict[str, list[Any]] = {
-            split: encoder.candidates(splits[split]) if scored else encoder.encode(splits[split], spare)  # type: ignore[union-attr]
+            split: self.tokens.candidates(splits[split], count) if scored else self.tokens.rows(splits[split], spare, count)
             for split in SPLITS[1:]
         }
         self.scored = scored

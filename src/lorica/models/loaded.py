@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,19 @@ class Loaded:
     layers: Layers
 
 
-def load(config: TrainConfig, data: LoricaDataModule, machine: Machine, folder: Path, main: bool) -> Loaded:
+def load(
+    config: TrainConfig,
+    data: LoricaDataModule,
+    machine: Machine,
+    folder: Path,
+    main: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> Loaded:
     """Model and tokenizer on the machine's device, and `data` encoded for them, before the weights are read.
 
     Args:
         folder: the run's; a tiny Mistral is built there, by the main rank.
+        progress: told (examples encoded, examples in all) every so often.
     Raises:
         ConfigError: a base that can't be had, or that can't do what is asked.
     """
@@ -53,7 +62,8 @@ def load(config: TrainConfig, data: LoricaDataModule, machine: Machine, folder: 
     data.encode(
         CausalEncoder(tokenizer, settings.max_length, settings.use_chat_template, data.labels or ())
         if causal
-        else ClassifierEncoder(tokenizer, settings.max_length)
+        else ClassifierEncoder(tokenizer, settings.max_length),
+        progress,
     )
     attn = base.attention_name(settings.attn_implementation, architecture, settings.task, machine.device, machine.compute_dtype)
     torch.manual_seed(config.seed)  # a classifier's head and the adapters start from here
