@@ -1,5 +1,6 @@
-"""A Mistral-7B of random weights (the real architecture, bf16, 14.5 GB) with a tokenizer trained on a text file: for speed and
-memory, where the published weights can't be had. `python -m benchmarks.random_mistral FOLDER TEXT_FILE`"""
+"""A Mistral-7B of random weights (the real architecture, bf16, 14.5 GB) with a tokenizer trained on text files: for speed and
+memory, where the published weights can't be had. `python -m benchmarks.random_mistral FOLDER [TEXT_FILE ...]`; without a file the
+tokenizer is trained on the packaged samples."""
 
 from __future__ import annotations
 
@@ -10,15 +11,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
+from lorica.data.readers import SAMPLES
 
-def build(folder: Path, text: Path) -> None:
+
+def build(folder: Path, texts: list[Path]) -> None:
     """Write config, weights and tokenizer; the tokenizer has 32,000 entries or what the text yields."""
     raw = Tokenizer(models.BPE(unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     specials = ["<unk>", "<s>", "</s>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train([str(text)], trainers.BpeTrainer(vocab_size=32000, special_tokens=specials, initial_alphabet=alphabet, show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=32000, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    raw.train([str(t) for t in texts], trainer)
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
     config = MistralConfig(
@@ -42,4 +46,4 @@ def build(folder: Path, text: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]), Path(sys.argv[2]))
+    build(Path(sys.argv[1]), [Path(t) for t in sys.argv[2:]] or sorted(SAMPLES.glob("*/*")))
