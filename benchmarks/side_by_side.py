@@ -215,6 +215,7 @@ Measurement = tuple[str, str, Callable[[], dict[str, Any]]]  # who, case, what g
 
 def measure(measurements: list[Measurement], rounds: int, report: Report) -> None:
     """All, in turn, round after round. What failed is not tried again: the machine's time is for the others."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the process under way is stopped too
     failed: set[tuple[str, str]] = set()
     for number in range(rounds):
         for who, case, take in measurements:
