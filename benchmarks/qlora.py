@@ -92,6 +92,7 @@ def recipe(model: Path, rows: Path, *more: str) -> list[str]:
         "data.max_generated_examples=0",
         "trainer.log_every_n_steps=5",
         "trainer.max_epochs=-1",
+        "trainer.compile=true",  # as longer runs do by themselves
         *more,
     ]
 

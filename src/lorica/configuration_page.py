@@ -45,8 +45,8 @@ run again, and a key is left out of combinations that have no use for it (`model
 A later source wins: the schema's default, the YAML of the chosen groups, `experiment=`, `debug=`, the keys on the command line. A
 group named on the command line takes the place of the one that an experiment chooses, but the values that the experiment or
 `debug=` sets still stand over its own (`experiment=chatdoctor model=mistral_lora` keeps the recipe's `model.lora.r=64`).
-Where `optimizer.name`, `optimizer.lr`, `optimizer.warmup_ratio`, the micro-batch's size or `trainer.gradient_checkpointing` is null in
-the end, `model.recommended` fills it in.
+Where `optimizer.name`, `optimizer.lr`, `optimizer.warmup_ratio` or the micro-batch's size is null in the end, `model.recommended` fills
+it in.
 `resume=RUN_FOLDER` takes the run's own `config.yaml` in place of the groups; a finished run, or one without a checkpoint, is refused.
 
 `--config-dir DIR` adds a folder laid out like `conf/`: `DIR/data/reviews.yaml` makes `data=reviews`. Its options stand beside those
@@ -84,6 +84,7 @@ SEVERAL = {  # keys that take values of more than one type
     "target_modules": "list of text, or `all-linear`,",
     "devices": "int, list of int, or `auto`",
     "val_check_interval": "int or number",
+    "gradient_checkpointing": "true/false, int or `offload`",
 }
 
 

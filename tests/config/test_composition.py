@@ -191,10 +191,8 @@ def test_null_is_filled_with_what_the_model_recommends() -> None:
     config = compose("model=mistral_qlora", "data=chat")
     assert (config.optimizer.name, config.optimizer.lr, config.optimizer.warmup_ratio) == ("paged_adamw_8bit", 2e-4, 0.03)
     assert (config.trainer.batch_size, config.trainer.tokens_per_batch) == (None, 4096)
-    assert config.trainer.gradient_checkpointing is True
     small = compose("model=roberta_full")
     assert (small.optimizer.name, small.optimizer.lr, small.trainer.batch_size) == ("adamw", 2e-5, 16)
-    assert small.trainer.gradient_checkpointing is False
 
 
 def test_given_values_are_kept() -> None:
@@ -216,7 +214,7 @@ def test_given_values_are_kept() -> None:
 def test_every_model_recommends_all_that_is_needed(model: str) -> None:
     config = compose(f"model={model}")
     assert (config.trainer.batch_size is None) != (config.trainer.tokens_per_batch is None)
-    assert None not in (config.optimizer.name, config.optimizer.lr, config.optimizer.warmup_ratio, config.trainer.gradient_checkpointing)
+    assert None not in (config.optimizer.name, config.optimizer.lr, config.optimizer.warmup_ratio)
 
 
 def test_values_have_the_types_of_the_schema() -> None:
