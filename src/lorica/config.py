@@ -258,7 +258,7 @@ class TrainerConfig:
     )
     cuda_graphs: bool | None = key(
         None,
-        "capture whole micro-steps of compiled layers, so that small ones don't wait for the host; null: up to 8,192 tokens on one GPU",
+        "capture whole micro-steps of compiled layers, so that they don't wait for the host (one GPU); null: those of up to 8,192 tokens",
     )
     val_check_interval: Any = key(
         1.0,
@@ -349,7 +349,12 @@ class PredictConfig:
     output: str | None = key(None, "file to write (csv or jsonl by its ending); null: beside the input, as <name>.scored.<ending>")
     text_column: str | None = key(None, "column of the input file with the text; null: that of the training data, else `text`")
     base: str | None = key(None, "load the base model from here instead of where it was at training time")
-    batch_size: int = key(32, "texts answered at once", unit="examples", low=1)
+    batch_size: int | None = key(
+        None,
+        "texts answered at once; null: 32, or where labels are scored on a GPU as many as have 16,384 tokens together",
+        unit="examples",
+        low=1,
+    )
     max_new_tokens: int | None = key(
         None, "longest generated answer; null: data.max_new_tokens of the training run, else 256", unit="tokens", low=1
     )

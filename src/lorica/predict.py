@@ -14,16 +14,20 @@ from lorica.config import ConfigError, PredictConfig
 from lorica.runs import write_text
 from lorica.screen import Screen, quiet_libraries
 
+BATCH = 32  # texts at once
+TOKENS = 16384  # at once on a GPU, where labels are scored
 ADDED = ("prediction", "probability", "probabilities", "error")  # what an answered row has besides its own
 
 quiet_libraries()
 
-import torch  # noqa: E402  (after the libraries' noise is off)
+import numpy as np  # noqa: E402  (after the libraries' noise is off)
+import torch  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 
 from lorica import hardware  # noqa: E402
 from lorica.config import OptimizerConfig, TrainerConfig  # noqa: E402
 from lorica.data.asking import ask_row, ask_text, text_column  # noqa: E402
+from lorica.data.batching import cut_batches  # noqa: E402
 from lorica.data.collate import collate_candidates, collate_classifier  # noqa: E402
 from lorica.data.encoding import CausalEncoder, ClassifierEncoder, Truncation  # noqa: E402
 from lorica.data.examples import Example  # noqa: E402
@@ -93,44 +97,69 @@ class Predictor:
             else CausalEncoder(tokenizer, longest, bool(self.task.get("use_chat_template", True)), self.labels or ())
         )
         self.pad_id = int(tokenizer.pad_token_id)
+        if self.labels and trained.model.device.type == "cuda":
+            self.answer([Example("", text="a", prompt="a")])  # what a first forward loads is loaded before rows wait for it
 
     @torch.inference_mode()
-    def answer(self, examples: Sequence[Example], batch_size: int, done: Callable[[int], None] = lambda n: None) -> list[Answer]:
-        """Answers in the order of the examples; batches are made by length. done: called with the size of each finished batch."""
+    def answer(
+        self, examples: Sequence[Example], batch_size: int | None = None, done: Callable[[int], None] = lambda n: None
+    ) -> list[Answer]:
+        """Answers in the order of the examples; batches are made by length.
+
+        Args:
+            batch_size: None: BATCH, or by TOKENS where labels are scored on a GPU. done: called with the size of each batch on its way.
+        """
         padded = self.trained.padded
         if isinstance(self.encoder, ClassifierEncoder):
             encoded: Sequence[Any] = self.encoder.encode(examples, Truncation())
-            return self._by_length(
-                encoded,
-                [len(e.ids) for e in encoded],
-                batch_size,
-                done,
-                lambda rows: self._labels(collate_classifier(rows, self.pad_id, padded)),
-            )
+            lengths = [len(e.ids) for e in encoded]
+            return self._scored(encoded, lengths, batch_size, done, lambda rows: collate_classifier(rows, self.pad_id, padded))
         if self.labels:
             encoded = self.encoder.candidates(examples)
             lengths = [sum(map(len, c.sequences)) for c in encoded]
-            return self._by_length(
-                encoded, lengths, batch_size, done, lambda rows: self._labels(collate_candidates(rows, self.pad_id, padded))
-            )
-        prompts = [self.encoder.prompt_ids(e) for e in examples]
-        return self._by_length(prompts, [len(p) for p in prompts], batch_size, done, self._write)
+            return self._scored(encoded, lengths, batch_size, done, lambda rows: collate_candidates(rows, self.pad_id, padded))
+        return self._written([self.encoder.prompt_ids(e) for e in examples], batch_size or BATCH, done)
 
-    def _by_length(
+    def _scored(
         self,
         items: Sequence[Any],
         lengths: Sequence[int],
-        batch_size: int,
+        batch_size: int | None,
         done: Callable[[int], None],
-        answer: Callable[[list[Any]], list[Answer]],
+        collate: Callable[[list[Any]], dict[str, Any]],
     ) -> list[Answer]:
-        order = sorted(range(len(items)), key=lambda i: -lengths[i])
+        """Labels with their probabilities. The scores stay on the device until all are there, so that it is never waited for."""
+        assert self.labels is not None
+        if not items:
+            return []
+        device = self.trained.model.device
+        by_tokens = batch_size is None and device.type == "cuda"
+        sizes = np.asarray(lengths)
+        order = [int(i) for i in np.argsort(-sizes, kind="stable")]
+        batches = cut_batches(sizes, order, None if by_tokens else batch_size or BATCH, TOKENS, self.trained.padded)
+        scores = []
+        for group in batches:
+            batch = collate([items[i] for i in group])
+            if device.type == "cuda":
+                batch = {k: v.pin_memory().to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            with self._autocast():
+                scores.append(self.module.evaluate(batch)["scores"])
+            done(len(group))
+        place = np.empty(len(items), np.int64)
+        place[order] = np.arange(len(items))
+        rows = torch.cat(scores).float().exp().cpu()[torch.from_numpy(place)]
+        best = rows.argmax(1).tolist()
+        return [Answer(self.labels[k], dict(zip(self.labels, row, strict=True))) for k, row in zip(best, rows.tolist(), strict=True)]
+
+    def _written(self, prompts: list[list[int]], batch_size: int, done: Callable[[int], None]) -> list[Answer]:
+        """Texts, the longest prompts first."""
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         answers: dict[int, Answer] = {}
         for at in range(0, len(order), batch_size):
             group = order[at : at + batch_size]
-            answers |= dict(zip(group, answer([items[i] for i in group]), strict=True))
+            answers |= dict(zip(group, self._write([prompts[i] for i in group]), strict=True))
             done(len(group))
-        return [answers[i] for i in range(len(items))]
+        return [answers[i] for i in range(len(prompts))]
 
     def _autocast(self) -> Any:
         device = self.trained.model.device
@@ -138,17 +167,6 @@ class Predictor:
         return torch.autocast(
             device.type, dtype if dtype != torch.float32 else torch.bfloat16, enabled=device.type == "cuda" and dtype != torch.float32
         )
-
-    def _labels(self, batch: dict[str, Any]) -> list[Answer]:
-        assert self.labels is not None
-        batch = {k: v.to(self.trained.model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        with self._autocast():
-            scores = self.module.evaluate(batch)["scores"]
-        answers = []
-        for row in scores.float().exp().tolist():
-            best = max(range(len(row)), key=row.__getitem__)
-            answers.append(Answer(self.labels[best], dict(zip(self.labels, row, strict=True))))
-        return answers
 
     def _write(self, prompts: list[list[int]]) -> list[Answer]:
         assert isinstance(self.module, CausalLMModule)

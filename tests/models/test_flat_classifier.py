@@ -1,14 +1,9 @@
-"""Classifiers on sequences laid end to end give the logits and gradients that they give on padded batches.
+"""Classifiers on sequences laid end to end give the logits and gradients that they give on padded batches."""
 
-torch's variable-length kernel needs a GPU: its place is taken by plain attention, one sequence at a time.
-"""
-
-import itertools
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from lorica.config import OptimizerConfig
 from lorica.data.collate import collate_classifier, fill
@@ -19,19 +14,6 @@ from lorica.models.sequence_classifier import SequenceClassifierModule, pooling
 
 ROWS = [Encoded([0, 11, 12, 13, 2], label=1), Encoded([0, 21, 2], label=0), Encoded([0, *range(30, 44), 2], label=2)]
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_labels": 3}
-
-
-def _one_at_a_time(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int, **arguments: Any) -> torch.Tensor:
-    causal = bool({"is_causal", "window_size"} & set(arguments))
-    bounds = ends.tolist()
-    assert max(b - a for a, b in itertools.pairwise(bounds)) <= longest
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    parts = [
-        F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1) for x in (q, k, v)), is_causal=causal).transpose(0, 1)
-        for a, b in itertools.pairwise(bounds)
-        if a < b
-    ]
-    return torch.cat(parts)
 
 
 def _config(kind: str) -> Any:
@@ -45,12 +27,11 @@ def _config(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "mistral"])
-def test_flat_is_padded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("varlen_on_cpu")
+def test_flat_is_padded(kind: str) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
-    attention.register()
-    monkeypatch.setattr(attention, "_varlen", _one_at_a_time)
     config = _config(kind)
     torch.manual_seed(0)
     targets = ["q_proj", "v_proj"] if kind == "mistral" else ["query", "value"]

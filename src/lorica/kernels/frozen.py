@@ -37,16 +37,17 @@ class Kept(NamedTuple):
 def tensors(base: Any) -> tuple[Kept, tuple[torch.Tensor, ...]]:
     """How a layer's weight is kept, and the tensors that it is kept in."""
     scales = getattr(base, "lorica_scales", ())
+    fp8 = len(scales) > 0
     if (rounded := getattr(base, "lorica_e4m3", None)) is not None:
         return Kept("e4m3", None, True), (*rounded, *scales)
     if (plain := getattr(base, "lorica_plain", None)) is not None:
         return Kept("plain", None, False), (plain,)
     state = getattr(base.weight, "quant_state", None)
     if state is None:
-        return Kept("plain", None, bool(scales)), (base.weight.detach(), *scales)
+        return Kept("plain", None, fp8), (base.weight.detach(), *scales)
     if nf4.covers(base.weight, state):
-        return Kept("nf4", nf4.sizes(state), bool(scales)), (*nf4.tables(base.weight, state), *scales)
-    return Kept("bitsandbytes", None, bool(scales)), scales
+        return Kept("nf4", nf4.sizes(state), fp8), (*nf4.tables(base.weight, state), *scales)
+    return Kept("bitsandbytes", None, fp8), scales
 
 
 def _plain(base: Any, kept: Kept, parts: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:

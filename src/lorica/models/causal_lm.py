@@ -63,7 +63,7 @@ class CausalLMModule(LoricaModule):
         labels = batch["labels"]
         scores = label_scores(losses, batch["slot"], len(labels), batch["classes"])
         known = labels >= 0
-        true = scores[known].gather(1, labels[known, None])
+        true = scores.gather(1, labels.clamp(min=0)[:, None])[:, 0] * known
         return {"loss_sum": -true.sum(), "count": batch["true_label_tokens"].sum(), "scores": scores.log_softmax(-1)}
 
     def generate(self, prompts: Sequence[Sequence[int]], pad_id: int, max_new_tokens: int) -> list[list[int]]:

@@ -114,8 +114,9 @@ def fit(
     fitting = Fitting(module, layers, batches, arithmetic)
     found = fitting.fit(trainer.gradient_checkpointing, compiled, optimizer)
     if compiled and capture and not found.offload and not (found.recomputed and layers.random):
-        module.capture = partial(fitting.capture, trainer.accumulate_grad_batches)
-        found.captured = batches[0]["input_ids"].numel() <= TOKENS
+        longest = TOKENS if trainer.cuda_graphs is None else batches[-1]["input_ids"].numel()
+        module.capture = partial(fitting.capture, trainer.accumulate_grad_batches, longest)
+        found.captured = batches[0]["input_ids"].numel() <= longest
     return found
 
 
@@ -203,9 +204,9 @@ class Fitting:
         have = memory_limit(self.module.device) / 2**30
         return ConfigError("trainer.tokens_per_batch", tokens, f"does not fit into the GPU's {have:.1f} GiB {how}", fix)
 
-    def capture(self, accumulate: int) -> CapturedSteps | None:
-        """Graphs of the micro-steps that are small enough, for which gradients are made; None where none could be."""
-        small = [b for b in self.batches if b["input_ids"].numel() <= TOKENS]
+    def capture(self, accumulate: int, longest: int) -> CapturedSteps | None:
+        """Graphs of the micro-steps of up to `longest` tokens, for which gradients are made; None where none could be."""
+        small = [b for b in self.batches if b["input_ids"].numel() <= longest]
         if not small:
             return None
         steps = CapturedSteps(self.module.loss_sum, self.arithmetic, accumulate)

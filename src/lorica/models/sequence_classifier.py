@@ -63,6 +63,5 @@ class SequenceClassifierModule(LoricaModule):
 
     def evaluate(self, batch: dict[str, Any]) -> dict[str, Any]:
         scores = self.logits(batch).log_softmax(-1)
-        known = batch["labels"] >= 0
-        loss = F.nll_loss(scores[known], batch["labels"][known], reduction="sum")
-        return {"loss_sum": loss, "count": known.sum(), "scores": scores}
+        loss = F.nll_loss(scores, batch["labels"], ignore_index=-1, reduction="sum")
+        return {"loss_sum": loss, "count": (batch["labels"] >= 0).sum(), "scores": scores}

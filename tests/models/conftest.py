@@ -1,0 +1,30 @@
+"""torch's variable-length attention needs a GPU: on a CPU its place is taken by plain attention, one sequence at a time."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lorica.kernels import attention
+
+
+def _one_at_a_time(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int, **arguments: Any) -> torch.Tensor:
+    causal = bool({"is_causal", "window_size"} & set(arguments))
+    bounds = ends.tolist()
+    assert max(b - a for a, b in itertools.pairwise(bounds)) <= longest
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    parts = [
+        F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1) for x in (q, k, v)), is_causal=causal).transpose(0, 1)
+        for a, b in itertools.pairwise(bounds)
+        if a < b
+    ]
+    return torch.cat(parts)
+
+
+@pytest.fixture
+def varlen_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models may be given `attention.VARLEN`."""
+    attention.register()
+    monkeypatch.setattr(attention, "_varlen", _one_at_a_time)
