@@ -3,7 +3,7 @@
 `python -m benchmarks.encoder DATA_FOLDER OUT.json [--rounds 3] [--examples 2000]`: MiniLM with LoRA on AG News, one epoch at batch
 16, on a CPU; whole-run rates.
 
-`python -m benchmarks.encoder DATA_FOLDER OUT.json --model DIR [--cases lora-32k,predict-32] [--who lorica,tuned] [--steps N]`:
+`python -m benchmarks.encoder DATA_FOLDER OUT.json --model DIR [--cases lora-32k,predict] [--who lorica,tuned] [--steps N]`:
 RoBERTa-base on a GPU. DIR is built with random weights where there is none; random rows in AG News' layout, 53 tokens on average, are
 written into DATA_FOLDER once. Rates leave the first steps out. The limit is by `benchmarks.limit`. The
 predict cases give rows/s as predict.py prints them, and those of the whole command without its start (7,600 rows less 76).
@@ -64,7 +64,7 @@ CASES = {
     "full-32k": Case("roberta_full", 32768, 90),
     "full-8k": Case("roberta_full", 8192, 200, beside="full-32k"),
 }
-PREDICT = {"predict-32": 32, "predict-256": 256}  # batch_size
+PREDICT = {"predict": None, "predict-32": 32}  # batch_size
 PEERS = ("tuned", "notebook")
 PEER_STEPS = 104  # 4 to warm up and 100: Trainer sorts by length within 50 batches, so that whole turns of them are measured
 
@@ -139,7 +139,7 @@ def ours(overrides: list[str], timeout: float, mean_tokens: float) -> dict[str, 
     return {**row, "samples_per_second": row["tokens_per_second"] / mean_tokens}
 
 
-def predict(run: Path, options: argparse.Namespace, batch: int) -> dict[str, Any]:
+def predict(run: Path, options: argparse.Namespace, batch: int | None) -> dict[str, Any]:
     """Rows/s of predict.py on 7,600 rows, with a run of two steps that is made where there is none."""
     if not (run / "metrics.json").is_file():
         more = ["data.max_train_examples=200", "trainer.max_steps=2", "trainer.batch_size=16", *options.extra]
@@ -148,7 +148,10 @@ def predict(run: Path, options: argparse.Namespace, batch: int) -> dict[str, Any
     printed: dict[str, str] = {}
     for name in ASKED:
         command = [sys.executable, "predict.py", f"run={run}", f"input={options.folder / name}", f"output={run.parent / name}"]
-        command += [f"batch_size={batch}", *(x.removeprefix("trainer.") for x in options.extra if x.startswith("trainer.accelerator="))]
+        command += [
+            f"batch_size={batch or 'null'}",
+            *(x.removeprefix("trainer.") for x in options.extra if x.startswith("trainer.accelerator=")),
+        ]
         begun = time.perf_counter()
         printed[name] = call(command, options.timeout)
         seconds[name] = time.perf_counter() - begun

@@ -294,6 +294,13 @@ def _check_trainer(config: TrainConfig) -> None:
             "must be null, true, false, a number of layers or offload",
             "trainer.gradient_checkpointing=null",
         )
+    if t.fp8 and config.model.lora is None:
+        raise NotApplicable("trainer.fp8", True, "multiplies by weights under adapters; model.lora is null", "trainer.fp8=false")
+    quantized = config.model.quantization is not None and config.model.quantization.load_in_4bit
+    if t.resident_weights and not (quantized or t.fp8):
+        raise NotApplicable(
+            "trainer.resident_weights", True, "the weights are plain as they are (no model.quantization)", "trainer.resident_weights=false"
+        )
     if t.precision == "16-mixed" and t.accelerator == "cpu":
         raise ConfigError("trainer.precision", t.precision, "half precision has no CPU kernels for training", "trainer.precision=auto")
     if len(config.optimizer.betas) != 2 or not all(0.0 <= b < 1.0 for b in config.optimizer.betas):

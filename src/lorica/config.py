@@ -256,6 +256,9 @@ class TrainerConfig:
         False,
         "keep 4-bit weights also as the plain (or FP8) ones that they are multiplied as: the same numbers, faster, four times the memory",
     )
+    offload_embeddings: bool = key(
+        False, "keep the frozen input embeddings in host memory, from which the GPU reads the rows it needs (0.25 GiB less for Mistral-7B)"
+    )
     cuda_graphs: bool | None = key(
         None,
         "capture whole micro-steps of compiled layers, so that they don't wait for the host (one GPU); null: those of up to 8,192 tokens",

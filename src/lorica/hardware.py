@@ -131,6 +131,23 @@ def _bf16_faster_on_cpu() -> bool:
     return seconds[torch.bfloat16] < 0.6 * seconds[torch.float32]
 
 
+def check_fp8(machine: Machine) -> None:
+    """Refuse FP8 where there are no products in it.
+
+    Raises:
+        ConfigError: no NVIDIA GPU of compute capability 8.9 (Ada), 9 (Hopper) or later, or another precision than bf16.
+    """
+    able = machine.device.type == "cuda" and torch.cuda.get_device_capability(machine.device) >= (8, 9)
+    if not able or machine.precision != "bf16-mixed":
+        lacking = f"precision {machine.precision}" if able else machine.description
+        raise ConfigError(
+            "trainer.fp8",
+            True,
+            f"needs bf16-mixed on an NVIDIA GPU of the Ada, Hopper or Blackwell kind; here: {lacking}",
+            "trainer.fp8=false",
+        )
+
+
 def memory_limit(device: torch.device) -> int:
     """Bytes that this process may have on a GPU: what is free and what it holds already, within its share if one was set."""
     free, total = torch.cuda.mem_get_info(device)

@@ -28,7 +28,7 @@ from lorica import evaluation, hardware, launch, loggers, plots, summary  # noqa
 from lorica.data.module import Batching, LoricaDataModule  # noqa: E402
 from lorica.data.registry import build_data  # noqa: E402
 from lorica.data.report import data_report, report_markdown  # noqa: E402
-from lorica.kernels import frozen  # noqa: E402
+from lorica.kernels import embedding, frozen  # noqa: E402
 from lorica.models import fitting, optimizers, weights  # noqa: E402
 from lorica.models.causal_lm import CausalLMModule  # noqa: E402
 from lorica.models.loaded import Loaded, load  # noqa: E402
@@ -146,6 +146,8 @@ def _train(run: Run) -> None:
     began = state["callbacks"][cb.Checkpoints.__name__]["made_for"] if state is not None else {}
     machine = hardware.choose(config.trainer, began.get("a precision", "").removesuffix(" with FP8") or None)
     run.notes += machine.notes
+    if config.trainer.fp8:
+        hardware.check_fp8(machine)
     with screen.counting("tokenising", config.trainer.enable_progress_bar) as progress:
         loaded = load(config, data, machine, run.folder, run.main, progress)
     if tokenised := summary.tokenised_line(data):
@@ -180,6 +182,13 @@ def _train(run: Run) -> None:
     t = config.trainer
     capture = t.cuda_graphs is not False and machine.world_size == 1 and machine.precision != "16-mixed" and not t.detect_anomaly
     optimizer, _ = optimizers.effective_name(str(config.optimizer.name), machine.device)
+    if t.offload_embeddings and not embedding.keep_on_host(module.whole):
+        raise ConfigError(
+            "trainer.offload_embeddings",
+            True,
+            "this model's input embeddings are trained, or are its output head's too",
+            "trainer.offload_embeddings=false",
+        )
     frozen.prepare_layers(module.model, machine.compute_dtype, t.fp8, t.resident_weights)
     found = fitting.fit(module, loaded.layers, data, t, optimizer, compiled, capture, trainer.precision_plugin.train_step_context)
     screen.print(f"  layers     {found}; tried in {duration(found.seconds)}")

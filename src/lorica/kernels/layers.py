@@ -41,6 +41,7 @@ class Layers:
         self.offload = False
         self.measuring = False
         self.kept: dict[int, int] = {}
+        self._host: dict[Any, torch.Tensor] = {}
         self._compiled: list[Callable[..., Any]] | None = None
         self.random = draws(model)
         self._plain = [layer.forward for layer in self.layers]
@@ -73,5 +74,17 @@ class Layers:
             return run(*args, **kwargs)
         if not self.offload:
             return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=self.random, **kwargs)
-        with torch.autograd.graph.save_on_cpu(pin_memory=True):
+        with torch.autograd.graph.saved_tensors_hooks(functools.partial(self._to_host, i), _to_device):
             return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=self.random, **kwargs)
+
+    def _to_host(self, i: int, x: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
+        """What a recomputed layer keeps, into host memory that is its own: nothing is allocated after the first time."""
+        key = (i, x.shape, x.dtype)
+        if key not in self._host:
+            self._host[key] = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        return x.device, self._host[key].copy_(x, non_blocking=True)
+
+
+def _to_device(kept: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+    device, x = kept
+    return x.to(device, non_blocking=True)

@@ -113,7 +113,7 @@ def fit(
     batches = [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in data.largest_batches()]
     fitting = Fitting(module, layers, batches, arithmetic)
     found = fitting.fit(trainer.gradient_checkpointing, compiled, optimizer)
-    if compiled and capture and not found.offload and not (found.recomputed and layers.random):
+    if compiled and capture and not (found.recomputed and layers.random):
         longest = TOKENS if trainer.cuda_graphs is None else batches[-1]["input_ids"].numel()
         module.capture = partial(fitting.capture, trainer.accumulate_grad_batches, longest)
         found.captured = batches[0]["input_ids"].numel() <= longest
