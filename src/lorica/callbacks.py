@@ -56,6 +56,7 @@ class Throughput(Callback):
         self.seconds = 0.0
         self._since: float | None = None
         self.first_step_seconds: float | None = None
+        self.first_step_after = 0.0  # seconds from the run's beginning to that of its first step
 
     @staticmethod
     def _now() -> float:
@@ -92,11 +93,17 @@ class Throughput(Callback):
         self.pause()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "examples": self.examples, "seconds": self.elapsed(), "first": self.first_step_seconds}
+        return {
+            "tokens": self.tokens,
+            "examples": self.examples,
+            "seconds": self.elapsed(),
+            "first": self.first_step_seconds,
+            "after": self.first_step_after,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens, self.examples, self.seconds = state_dict["tokens"], state_dict["examples"], state_dict["seconds"]
-        self.first_step_seconds = state_dict["first"]
+        self.first_step_seconds, self.first_step_after = state_dict["first"], state_dict.get("after", 0.0)
 
     def figures(self, trainer: Trainer) -> dict[str, float]:
         """Rates a second over all ranks and all training time, the first micro-step (which allocates and loads kernels) included."""
@@ -107,6 +114,7 @@ class Throughput(Callback):
             "train/samples_per_second": examples / max(seconds, 1e-9),
             "train/seconds": seconds,
             "train/first_step_seconds": self.first_step_seconds or 0.0,
+            "time/first_step_seconds": self.first_step_after + (self.first_step_seconds or 0.0),
         }
 
 

@@ -261,7 +261,7 @@ class TrainerConfig:
     )
     cuda_graphs: bool | None = key(
         None,
-        "capture whole micro-steps of compiled layers, so that they don't wait for the host (one GPU); null: those of up to 8,192 tokens",
+        "capture whole micro-steps of compiled layers, so that they don't wait for the host (one GPU); null: those that take less than half a second",
     )
     val_check_interval: Any = key(
         1.0,

@@ -28,8 +28,7 @@ from lorica import evaluation, hardware, launch, loggers, plots, summary  # noqa
 from lorica.data.module import Batching, LoricaDataModule  # noqa: E402
 from lorica.data.registry import build_data  # noqa: E402
 from lorica.data.report import data_report, report_markdown  # noqa: E402
-from lorica.kernels import embedding, frozen  # noqa: E402
-from lorica.models import fitting, optimizers, weights  # noqa: E402
+from lorica.models import fitting, weights  # noqa: E402
 from lorica.models.causal_lm import CausalLMModule  # noqa: E402
 from lorica.models.loaded import Loaded, load  # noqa: E402
 from lorica.models.module import LoricaModule  # noqa: E402
@@ -144,7 +143,7 @@ def _train(run: Run) -> None:
     data.load()
     state = torch.load(run.resume_from, weights_only=True, map_location="cpu") if run.resume_from is not None else None
     began = state["callbacks"][cb.Checkpoints.__name__]["made_for"] if state is not None else {}
-    machine = hardware.choose(config.trainer, began.get("a precision", "").removesuffix(" with FP8") or None)
+    machine = hardware.choose(config.trainer, began.get("a precision"))
     run.notes += machine.notes
     if config.trainer.fp8:
         hardware.check_fp8(machine)
@@ -158,19 +157,14 @@ def _train(run: Run) -> None:
         report = data_report(data)
         write_json(run.folder / "data_report.json", report)
         write_text(run.folder / "data_report.md", report_markdown(report))
-    compiled = fitting.compiles(
-        config.trainer.compile,
-        began["a compilation"] == "layers" if "a compilation" in began else None,
-        len(loaded.layers),
-        loaded.padded,
-        machine.device,
-        len(data.plan),
-    )
+    before = began["compiled layers"] == "yes" if "compiled layers" in began else None
+    compiled = fitting.compiles(config.trainer.compile, before, loaded, machine.device, len(data.plan))
     made_for = {
         "rows, a seed, batches or devices": data.plan.fingerprint(),
         "a kind of device": machine.device.type,
-        "a precision": machine.precision + (" with FP8" if config.trainer.fp8 else ""),
-        "a compilation": "layers" if compiled else "none",
+        "a precision": machine.precision,
+        "FP8": "yes" if config.trainer.fp8 else "no",
+        "compiled layers": "yes" if compiled else "no",
     }
     if state is not None:
         _resume(run, state, data, made_for)
@@ -178,28 +172,15 @@ def _train(run: Run) -> None:
             write_config(run.folder, config, sys.argv[1:])
     module, trainer, parts = _assemble(run, data, loaded, machine, made_for)
     _announce(run, data, loaded, machine)
-    module.to(machine.device).train()
-    t = config.trainer
-    capture = t.cuda_graphs is not False and machine.world_size == 1 and machine.precision != "16-mixed" and not t.detect_anomaly
-    optimizer, _ = optimizers.effective_name(str(config.optimizer.name), machine.device)
-    if t.offload_embeddings and not embedding.keep_on_host(module.whole):
-        raise ConfigError(
-            "trainer.offload_embeddings",
-            True,
-            "this model's input embeddings are trained, or are its output head's too",
-            "trainer.offload_embeddings=false",
-        )
-    frozen.prepare_layers(module.model, machine.compute_dtype, t.fp8, t.resident_weights)
-    found = fitting.fit(module, loaded.layers, data, t, optimizer, compiled, capture, trainer.precision_plugin.train_step_context)
-    screen.print(f"  layers     {found}; tried in {duration(found.seconds)}")
-    module.roomy = found.roomy
-    if why := optimizers.effective_name(optimizer, machine.device, module.roomy)[1]:
-        screen.note(why)
     if run.main:
         point_latest(run.folder)
-    hardware.reset_peak_memory()
-    prepared = time.perf_counter() - started
     if state is None or data.resume_at < len(data.plan):
+        found = fitting.fit(module, loaded.layers, data, machine, config, compiled, trainer.precision_plugin.train_step_context)
+        screen.print(f"  layers     {found}; tried in {duration(found.seconds)}")
+        for note in found.notes:
+            screen.note(note)
+        hardware.reset_peak_memory()
+        parts.throughput.first_step_after = time.perf_counter() - started
         trainer.fit(module, datamodule=data, ckpt_path=str(run.resume_from) if run.resume_from else None, weights_only=True)
         if trainer.interrupted:
             raise KeyboardInterrupt
@@ -221,7 +202,6 @@ def _train(run: Run) -> None:
         screen.note("there are no test rows")
     figures |= figures_of_test
     figures["memory/peak_gib"] = hardware.peak_memory_gib(machine.device)
-    figures["time/first_step_seconds"] = prepared + figures["train/first_step_seconds"]
     figures["time/total_seconds"] = time.perf_counter() - started
     _finish(run, data, parts, figures, predictions)
     screen.table(f"{config.data.name} with {config.model.name}", summary.closing_rows(figures))

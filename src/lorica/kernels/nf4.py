@@ -81,12 +81,14 @@ def dequantize_nf4(
     rows: int,
     columns: int,
     dtype: torch.dtype,
+    use: int = 0,
 ) -> torch.Tensor:
     """[rows, columns] in `dtype`.
 
     Args:
         codes: uint8, rows * columns / 2 of them. scales: uint8, one for each `blocksize` weights. table: fp32 [16]. table2: fp32 [256].
         scales2: fp32, one for each `blocksize2` scales. offset: fp32 scalar.
+        use: of no effect here; a compiler makes one of two equal calls, and keeps the weight from one use to the other.
     """
     out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
     count = rows * columns // 2
@@ -108,7 +110,7 @@ def dequantize_nf4(
 
 
 @dequantize_nf4.register_fake
-def _(codes, scales, table, table2, scales2, offset, blocksize, blocksize2, rows, columns, dtype):  # type: ignore[no-untyped-def]
+def _(codes, scales, table, table2, scales2, offset, blocksize, blocksize2, rows, columns, dtype, use=0):  # type: ignore[no-untyped-def]
     return torch.empty(rows, columns, dtype=dtype, device=codes.device)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-TOKENS = 8192  # of a micro-batch; with more the GPU is busy longer than the host
 WARM_UP = 2  # runs before the capture, for what is allocated or compiled once
 
 

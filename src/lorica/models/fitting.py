@@ -9,29 +9,39 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch._dynamo.exc
+import torch._inductor.exc
 
-from lorica.config import ConfigError, TrainerConfig
+from lorica.config import ConfigError, TrainConfig
 from lorica.data.module import LoricaDataModule
-from lorica.hardware import memory_limit
+from lorica.hardware import Machine, memory_limit
+from lorica.kernels import frozen
+from lorica.kernels.embedding import keep_on_host
 from lorica.kernels.layers import Layers
-from lorica.models.captured import TOKENS, CapturedSteps
+from lorica.models.captured import CapturedSteps
+from lorica.models.loaded import Loaded
 from lorica.models.module import LoricaModule
-from lorica.models.optimizers import state_bytes
+from lorica.models.optimizers import effective_name, state_bytes
 
 SPARE = 0.06  # share of the memory that is left free: fragments, evaluation, library workspaces
 SPARE_BYTES = 256 << 20
+PLENTY = 2  # times the plain weights' bytes
+LAUNCH_BOUND = 0.5  # seconds of a micro-step; in longer ones the host keeps ahead of the GPU
 WORTH_COMPILING = 60  # micro-steps: compiling takes as long as it saves in about as many
 
 
 @dataclass
 class Fit:
-    """How a run's micro-steps will run. seconds: what finding out took, compilation included."""
+    """How a run's micro-steps will run.
+
+    seconds: what finding out took, compilation included. notes: what the user did not ask for but should know.
+    """
 
     layers: int
     recomputed: int
@@ -39,11 +49,7 @@ class Fit:
     compiled: bool
     captured: bool = False
     seconds: float = 0.0
-
-    @property
-    def roomy(self) -> bool:
-        """Whether some layers could keep their activations: memory is not short."""
-        return self.recomputed < self.layers
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         ways = ["compiled" if self.compiled else "not compiled"]
@@ -58,11 +64,11 @@ class Fit:
         return ", ".join(ways)
 
 
-def compiles(asked: bool | None, began: bool | None, layers: int, padded: bool, device: torch.device, micro_steps: int) -> bool:
+def compiles(asked: bool | None, began: bool | None, loaded: Loaded, device: torch.device, micro_steps: int) -> bool:
     """Whether the layers are compiled.
 
     Args:
-        asked: `trainer.compile`. began: what a run that goes on began with. layers: of those that can be. micro_steps: of the whole run.
+        asked: `trainer.compile`. began: what a run that goes on began with. micro_steps: of the whole run.
     Raises:
         ConfigError: it is asked for where it can't be.
     """
@@ -70,8 +76,8 @@ def compiles(asked: bool | None, began: bool | None, layers: int, padded: bool, 
         why
         for why, lacks in (
             ("needs an NVIDIA GPU", device.type != "cuda"),
-            ("needs variable-length attention, which this GPU, precision or architecture lacks", padded),
-            ("does not know this architecture's layers", not layers),
+            ("needs variable-length attention, which this GPU, precision or architecture lacks", loaded.padded),
+            ("does not know this architecture's layers", not len(loaded.layers)),
             (
                 "needs Triton and a C compiler",
                 not (find_spec("triton") and (os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc"))),
@@ -90,33 +96,51 @@ def fit(
     module: LoricaModule,
     layers: Layers,
     data: LoricaDataModule,
-    trainer: TrainerConfig,
-    optimizer: str,
+    machine: Machine,
+    config: TrainConfig,
     compiled: bool,
-    capture: bool,
     arithmetic: Callable[[], AbstractContextManager[Any]],
 ) -> Fit:
-    """Set how the layers run, and find out on a GPU what fits.
+    """Put the module on its device, set how its layers run, and find out on a GPU what fits.
 
     Args:
-        optimizer: its name. compiled: see `compiles`; `data` then fills its batches up. capture: whether micro-steps may be captured.
-        arithmetic: a context for forwards (autocast), made anew for each use.
+        compiled: see `compiles`; `data` then fills its batches up. arithmetic: a context for forwards (autocast), made anew for each use.
     Raises:
-        ConfigError: the largest micro-batch does not fit, or not as asked.
+        ConfigError: the largest micro-batch does not fit, or not as asked; or the model can't do what is asked.
     """
-    device = module.device
+    trainer, device, asked = config.trainer, machine.device, config.trainer.gradient_checkpointing
+    module.to(device).train()
+    if trainer.offload_embeddings and not keep_on_host(module.whole):
+        raise ConfigError(
+            "trainer.offload_embeddings",
+            True,
+            "this model's input embeddings are trained, or are its output head's too",
+            "trainer.offload_embeddings=false",
+        )
+    if config.model.lora is not None:
+        frozen.prepare_layers(module.model, machine.compute_dtype, trainer.fp8, trainer.resident_weights)
+    if asked and not len(layers):
+        raise ConfigError(
+            "trainer.gradient_checkpointing", asked, "this architecture's layers are not known", "trainer.gradient_checkpointing=null"
+        )
     if device.type != "cuda" or not len(layers):
-        layers.recomputed, layers.offload = amount(trainer.gradient_checkpointing or False, len(layers))
+        layers.recomputed, layers.offload = amount(asked or False, len(layers))
         return Fit(len(layers), layers.recomputed, layers.offload, False)
     if compiled:
         data.fill_batches()
     batches = [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in data.largest_batches()]
     fitting = Fitting(module, layers, batches, arithmetic)
-    found = fitting.fit(trainer.gradient_checkpointing, compiled, optimizer)
-    if compiled and capture and not (found.recomputed and layers.random):
-        longest = TOKENS if trainer.cuda_graphs is None else batches[-1]["input_ids"].numel()
-        module.capture = partial(fitting.capture, trainer.accumulate_grad_batches, longest)
-        found.captured = batches[0]["input_ids"].numel() <= longest
+    name, _ = effective_name(str(config.optimizer.name), device)
+    found = fitting.fit(asked, compiled, name)
+    module.roomy = found.recomputed < found.layers  # memory is not short
+    if why := effective_name(name, device, module.roomy)[1]:
+        found.notes.append(why)
+    one = machine.world_size == 1 and machine.precision != "16-mixed" and not trainer.detect_anomaly
+    if found.compiled and trainer.cuda_graphs is not False and one and not (found.recomputed and layers.random):
+        small = [b for b, s in zip(batches, fitting.seconds, strict=True) if trainer.cuda_graphs or s < LAUNCH_BOUND]
+        if small:
+            module.capture = partial(fitting.capture, trainer.accumulate_grad_batches, small)
+            found.captured = True
     return found
 
 
@@ -141,20 +165,43 @@ class Fitting:
         Raises:
             ConfigError: the largest micro-batch does not fit, or not as asked.
         """
-        begun = time.perf_counter()
+        begun, notes = time.perf_counter(), []
         self.layers.compile(compiled)
+        try:
+            self._set(asked, optimizer)
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as e:
+            if not compiled:
+                raise
+            compiled = False
+            notes.append(f"the layers could not be compiled ({type(e).__name__}: {str(e).splitlines()[0]}): they run as they are")
+            self.layers.compile(False)
+            self._forget()
+            self._set(asked, optimizer)
+        self._forget()
+        layers = self.layers
+        return Fit(len(layers), layers.recomputed, layers.offload, compiled, False, time.perf_counter() - begun, notes)
+
+    def _set(self, asked: bool | int | str | None, optimizer: str) -> None:
+        # compiled forwards may keep plain weights for backward: only where there is plenty of room, as when no activations have to go
+        plenty = self._free() > PLENTY * frozen.plain_bytes(self.module.model)
         if asked is None:
+            frozen.dequantize_again(self.module.model, not plenty)
             self._choose(state_bytes(self.module, optimizer))
+            if plenty and self.layers.recomputed:
+                frozen.dequantize_again(self.module.model, True)
+                self._choose(state_bytes(self.module, optimizer))
         else:
             self.layers.recomputed, self.layers.offload = amount(asked, len(self.layers))
+            frozen.dequantize_again(self.module.model, bool(self.layers.recomputed) or not plenty)
             if not self._fits():
                 raise self._too_large("as asked", "trainer.gradient_checkpointing=null")
-        for batch in self.batches[:-1]:
-            self._run(batch)
-        self._forget()
-        return Fit(len(self.layers), self.layers.recomputed, self.layers.offload, compiled, False, time.perf_counter() - begun)
+        self.seconds = [self._timed(batch) for batch in self.batches]
+
+    def _free(self) -> int:
+        return memory_limit(self.module.device) - torch.cuda.memory_allocated(self.module.device)
 
     def _choose(self, state: int) -> None:
+        """Recompute as few layers as can be. state: bytes that the optimiser will need."""
         layers = self.layers
         layers.recomputed, layers.offload = len(layers) - 1, False  # the last keeps its activations, to see how much they are
         if self._fits():
@@ -188,6 +235,15 @@ class Fitting:
             return False
         return True
 
+    def _timed(self, batch: dict[str, Any]) -> float:
+        """Seconds of a micro-step, after one in which it is compiled."""
+        self._run(batch)
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        self._run(batch)
+        torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
     def _run(self, batch: dict[str, Any]) -> None:
         with self.arithmetic():
             total = self.module.loss_sum(batch)
@@ -204,15 +260,12 @@ class Fitting:
         have = memory_limit(self.module.device) / 2**30
         return ConfigError("trainer.tokens_per_batch", tokens, f"does not fit into the GPU's {have:.1f} GiB {how}", fix)
 
-    def capture(self, accumulate: int, longest: int) -> CapturedSteps | None:
-        """Graphs of the micro-steps of up to `longest` tokens, for which gradients are made; None where none could be."""
-        small = [b for b in self.batches if b["input_ids"].numel() <= longest]
-        if not small:
-            return None
+    def capture(self, accumulate: int, batches: list[dict[str, Any]]) -> CapturedSteps | None:
+        """Graphs of the micro-steps on batches of these sizes, for which gradients are made; None where there is no memory for any."""
         steps = CapturedSteps(self.module.loss_sum, self.arithmetic, accumulate)
         try:
-            self._run(small[-1])  # makes the gradients of all that the loss depends on
-            for batch in reversed(small):
+            self._run(batches[-1])  # makes the gradients of all that the loss depends on
+            for batch in reversed(batches):
                 steps.capture(batch)
         except torch.cuda.OutOfMemoryError:
             pass
