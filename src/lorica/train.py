@@ -176,7 +176,8 @@ def _train(run: Run) -> None:
         point_latest(run.folder)
     if state is None or data.resume_at < len(data.plan):
         found = fitting.fit(module, loaded.layers, data, machine, config, compiled, trainer.precision_plugin.train_step_context)
-        screen.print(f"  layers     {found}; tried in {duration(found.seconds)}")
+        if found.seconds or found.recomputed:
+            screen.print(f"  layers     {found}; tried in {duration(found.seconds)}")
         for note in found.notes:
             screen.note(note)
         hardware.reset_peak_memory()
