@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from lorica.data.batching import BatchPlan, cut_batches, evaluation_batches
+from lorica.data.batching import BatchPlan, cut_batches, evaluation_batches, pack
 
 CHEAP = settings(max_examples=25, deadline=None, database=None)
 
@@ -181,6 +181,63 @@ def test_tokens_are_counted_with_padding_only_where_there_is_padding() -> None:
     lengths = np.array([6, 1, 1, 1, 1, 1, 1])
     assert cut_batches(lengths, range(7), None, 12, padded=True) == [[0, 1], [2, 3, 4, 5, 6]]
     assert cut_batches(lengths, range(7), None, 12, padded=False) == [[0, 1, 2, 3, 4, 5, 6]]
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+@CHEAP
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=50), st.integers(1, 60))
+def test_each_packed_row_is_where_it_leaves_the_least_room(lengths: list[int], tokens: int) -> None:
+    expected: list[list[int]] = []
+    for row, n in enumerate(lengths):
+        rooms = [(tokens - sum(lengths[r] for r in batch), i) for i, batch in enumerate(expected)]
+        enough = [place for place in rooms if place[0] >= n]
+        if enough:
+            expected[min(enough)[1]].append(row)
+        else:
+            expected.append([row])
+    assert pack(np.asarray(lengths), range(len(lengths)), tokens) == expected
+
+
+@CHEAP
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=60), st.integers(8, 64), st.integers(0, 99), st.integers(1, 3))
+def test_a_packed_epoch_has_every_row_once_within_the_budget(lengths: list[int], tokens: int, seed: int, accumulate: int) -> None:
+    def plan() -> BatchPlan:
+        options = {"tokens_per_batch": tokens, "accumulate": accumulate, "padded": False, "max_epochs": 2}
+        return BatchPlan(lengths, [1] * len(lengths), seed=seed, **options)
+
+    packed = plan()
+    for epoch in range(2):
+        assert sorted(order_of(packed, epoch)) == list(range(len(lengths)))
+    for rows in (packed.micro_batch(k).rows for k in range(len(packed))):
+        assert len(rows) <= 1 or sum(lengths[r] for r in rows) <= tokens
+    assert [packed.micro_batch(k) for k in range(len(packed))] == [plan().micro_batch(k) for k in range(len(packed))]
+
+
+def test_packed_epochs_and_seeds_put_rows_together_differently() -> None:
+    lengths = np.random.default_rng(0).integers(10, 500, 300)
+    plans = [BatchPlan(lengths, [1] * 300, seed=seed, tokens_per_batch=2048, padded=False, max_epochs=2) for seed in (0, 1)]
+    together = [frozenset(frozenset(rows) for s in epoch_steps(p, e) for rows in step_rows(p, s)) for p in plans for e in range(2)]
+    assert all(len(a & b) < 0.1 * len(a) for a in together for b in together if a is not b)
+
+
+LENGTHS = {
+    "log-normal": lambda rng, n: rng.lognormal(np.log(200), 0.6, n),
+    "long tail": lambda rng, n: rng.lognormal(np.log(150), 1.0, n),
+    "uniform": lambda rng, n: rng.uniform(10, 1024, n),
+    "narrow": lambda rng, n: rng.normal(60, 10, n),
+}
+
+
+@pytest.mark.parametrize("budget", [4096, 16384])
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_all_packed_batches_of_an_epoch_but_one_are_97_percent_full(kind: str, budget: int) -> None:
+    """Measured: 98.9 % or more for a budget of at least four times the longest row, and 2,000 rows or more."""
+    lengths = np.clip(LENGTHS[kind](np.random.default_rng(1), 2000), 4, 1024).astype(int)
+    plan = BatchPlan(lengths, [1] * 2000, seed=1, tokens_per_batch=budget, padded=False)
+    shares = sorted(n / budget for n in plan.sizes()[0])
+    assert shares[1] > 0.97 and shares[-1] <= 1.0
 
 
 # ------------------------------------------------------------------------------------------------------- pure function
