@@ -35,8 +35,16 @@ def head_cross_entropy(
 
 
 def draws(module: Any) -> bool:
-    """Whether a module draws random numbers in training: it has dropout."""
-    return isinstance(module, torch.nn.Module) and any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in module.modules())
+    """Whether a module draws random numbers in training: it has dropout, as a layer or as a rate that its forward reads."""
+    return isinstance(module, torch.nn.Module) and any(_drops(m) for m in module.modules())
+
+
+def _drops(module: torch.nn.Module) -> bool:
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    own = vars(module)  # transformers keeps rates as numbers of the module (OPT's dropout, Mistral's attention_dropout) or reads its config
+    rates = {**getattr(own.get("config"), "__dict__", {}), **own}
+    return any("drop" in name and "classifier" not in name and isinstance(rate, float) and rate > 0 for name, rate in rates.items())
 
 
 def _losses(head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
