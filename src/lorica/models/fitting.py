@@ -181,27 +181,33 @@ class Fitting:
         layers = self.layers
         return Fit(len(layers), layers.recomputed, layers.offload, compiled, False, time.perf_counter() - begun, notes)
 
+    def _hold(self, size: int) -> torch.Tensor:
+        """Memory that is in use while micro-batches are tried, as the optimiser's state will be."""
+        return torch.empty(size, dtype=torch.uint8, device=self.module.device)
+
     def _set(self, asked: bool | int | str | None, optimizer: str) -> None:
+        held = self._hold(state_bytes(self.module, optimizer))
         # compiled forwards may keep plain weights for backward: only where there is plenty of room, as when no activations have to go
         plenty = self._free() > PLENTY * frozen.plain_bytes(self.module.model)
         if asked is None:
             frozen.dequantize_again(self.module.model, not plenty)
-            self._choose(state_bytes(self.module, optimizer))
+            self._choose()
             if plenty and self.layers.recomputed:
                 frozen.dequantize_again(self.module.model, True)
-                self._choose(state_bytes(self.module, optimizer))
+                self._choose()
         else:
             self.layers.recomputed, self.layers.offload = amount(asked, len(self.layers))
             frozen.dequantize_again(self.module.model, bool(self.layers.recomputed) or not plenty)
             if not self._fits():
                 raise self._too_large("as asked", "trainer.gradient_checkpointing=null")
         self.seconds = [self._timed(batch) for batch in self.batches]
+        del held
 
     def _free(self) -> int:
         return memory_limit(self.module.device) - torch.cuda.memory_allocated(self.module.device)
 
-    def _choose(self, state: int) -> None:
-        """Recompute as few layers as can be. state: bytes that the optimiser will need."""
+    def _choose(self) -> None:
+        """Recompute as few layers as can be."""
         layers = self.layers
         layers.recomputed, layers.offload = len(layers) - 1, False  # the last keeps its activations, to see how much they are
         if self._fits():
@@ -210,7 +216,7 @@ class Fitting:
             self._run(self.batches[-1])
             layers.measuring = False
             more = max(1, layers.kept[len(layers) - 1] - layers.kept[0])  # for each layer that keeps its own
-            limit = memory_limit(self.module.device) * (1 - SPARE) - SPARE_BYTES - state
+            limit = memory_limit(self.module.device) * (1 - SPARE) - SPARE_BYTES
             keep = 1 + int((limit - torch.cuda.max_memory_allocated()) // more)
             layers.recomputed = min(len(layers), max(0, len(layers) - keep))
             while not self._fits():

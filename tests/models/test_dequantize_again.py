@@ -1,0 +1,51 @@
+"""A compiled layer makes its 4-bit weights plain in forward and, where memory counts, again in backward."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lorica.kernels import frozen, lora_linear, nf4
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the kernel's operation run on the CPU, by plain operations; its calls are counted."""
+    calls: list[int] = []
+
+    def plain(codes: Any, scales: Any, table: Any, table2: Any, scales2: Any, offset: Any, *sizes: Any) -> torch.Tensor:
+        blocksize, blocksize2, rows, columns, dtype, use = (*sizes, 0)[:6]
+        calls.append(use)
+        of_block = table2[scales.long()] * scales2.repeat_interleave(blocksize2)[: scales.numel()] + offset
+        pairs = torch.stack([table[codes.flatten().long() >> 4], table[codes.flatten().long() & 15]], 1).flatten()
+        return (pairs * of_block.repeat_interleave(blocksize)[: pairs.numel()]).view(rows, columns).to(dtype)
+
+    nf4.dequantize_nf4.register_kernel("cpu")(plain)
+    monkeypatch.setattr(nf4, "covers", lambda weight, state: weight.dtype == torch.uint8 and bool(state.nested))
+    return calls
+
+
+@pytest.mark.slow
+def test_weights_are_kept_or_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from bitsandbytes.nn import Linear4bit
+    from peft import LoraConfig, inject_adapter_in_model
+
+    calls = _counted(monkeypatch)
+    torch.manual_seed(0)
+    net: Any = nn.Sequential(Linear4bit(64, 96, bias=False, quant_type="nf4"), nn.SiLU(), Linear4bit(96, 64, bias=False, quant_type="nf4"))
+    net = inject_adapter_in_model(LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False), net.to("cpu")).train()
+    assert lora_linear.install(net) == 2
+    x = torch.randn(32, 64, requires_grad=True)
+    net(x).square().sum().backward()
+    expected = [x.grad, *(p.grad for p in net.parameters() if p.requires_grad)]
+    compiled = torch.compile(net.forward, dynamic=False, fullgraph=True)
+    for again, uses in ((True, [0, 0, 1, 1]), (False, [0, 0])):
+        frozen.dequantize_again(net, again)
+        net.zero_grad()
+        x.grad = None
+        calls.clear()
+        compiled(x).square().sum().backward()
+        assert sorted(calls) == uses
+        for ours, theirs in zip([x.grad, *(p.grad for p in net.parameters() if p.requires_grad)], expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
