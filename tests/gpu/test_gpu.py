@@ -1,7 +1,10 @@
 """On an NVIDIA GPU: padding-free batches equal padded ones, NF4 adapters train, and what was trained is what is predicted."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,10 +120,70 @@ def test_flat_encoders_equal_padded_ones(kind: str) -> None:
     assert (logits[0] - logits[1]).norm() / logits[0].norm() < 2e-2
 
 
+TINY = ["model=tiny_mistral_qlora", "data=sentiment", "trainer.tokens_per_batch=1024", "trainer.max_steps=70", "trainer.max_epochs=-1"]
+WAYS = {
+    "plain": ["trainer.compile=false"],
+    "compiled": ["trainer.cuda_graphs=false"],
+    "captured": [],
+    "recomputed": ["trainer.gradient_checkpointing=2"],
+    "offloaded": ["trainer.gradient_checkpointing=offload", "trainer.offload_embeddings=true"],
+    "resident": ["trainer.resident_weights=true"],
+    "fp8": ["trainer.fp8=true"],
+    "dropout": ["model.lora.lora_dropout=0.1", "trainer.cuda_graphs=false"],
+    "dropout captured": ["model.lora.lora_dropout=0.1"],
+    "dropout recomputed": ["model.lora.lora_dropout=0.1", "trainer.gradient_checkpointing=true"],
+}
+
+
+def test_all_ways_to_run_learn_the_same(tmp_path: Path) -> None:
+    """Each as a process of its own, all at once."""
+    from transformers import AutoModelForCausalLM
+
+    from lorica.models.base import build_tiny_mistral
+
+    base = build_tiny_mistral(tmp_path / "base", 0)
+    tied = AutoModelForCausalLM.from_pretrained(base)
+    tied.config.tie_word_embeddings = False
+    head = tied.get_input_embeddings().weight.detach().clone()
+    tied.lm_head.weight = torch.nn.Parameter(head)
+    tied.save_pretrained(base)
+    running = {}
+    for name, settings in WAYS.items():
+        arguments = [*TINY, f"model.base={base}", f"run_dir={tmp_path / name}", *settings]
+        command = [sys.executable, "-m", "lorica", "train", *arguments]
+        running[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    printed = {name: process.communicate(timeout=400)[0] for name, process in running.items()}
+    assert not [name for name, process in running.items() if process.returncode], printed
+    losses = {name: json.loads((tmp_path / name / "metrics.json").read_text())["test/loss"] for name in WAYS}
+    for name, loss in losses.items():
+        same = losses["dropout" if name.startswith("dropout") else "plain"]
+        assert abs(loss - same) < (0.03 if name == "fp8" else 0.01) * same, losses
+    assert "captured as CUDA graphs" in printed["captured"] and "2 of 4 computed again" in printed["recomputed"]
+
+
+def test_steps_do_not_wait_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two records of the loss nothing asks the device for a value."""
+    from lorica.callbacks import SeedSteps
+
+    plain = SeedSteps.on_train_batch_start
+
+    def watched(self: SeedSteps, trainer: Any, module: Any, batch: Any, k: int) -> None:
+        torch.cuda.set_sync_debug_mode("error" if 30 <= k < 50 else "default")
+        plain(self, trainer, module, batch, k)
+
+    monkeypatch.setattr(SeedSteps, "on_train_batch_start", watched)
+    more = ["optimizer.name=paged_adamw_8bit", "trainer.log_every_n_steps=60", "trainer.val_check_interval=60"]
+    with pytest.raises(SystemExit) as end:
+        main("train", [*TINY, *more, f"run_dir={tmp_path / 'run'}"])
+    torch.cuda.set_sync_debug_mode("default")
+    assert end.value.code == 0, (tmp_path / "run" / "train.log").read_text()[-3000:]
+
+
 @pytest.mark.parametrize("data", ["sentiment", "healthcare_qa"])
 def test_a_4bit_model_trains_and_is_found_again(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    steps = ["trainer.max_epochs=4", "trainer.tokens_per_batch=1024", "trainer.gradient_checkpointing=true"]
+    steps = ["trainer.max_epochs=4", "trainer.tokens_per_batch=1024", "trainer.compile=false", "trainer.gradient_checkpointing=true"]
+    steps += ["data.max_generated_examples=4", "data.max_new_tokens=16"] if data == "healthcare_qa" else []
     with pytest.raises(SystemExit) as end:
         main("train", ["model=tiny_mistral_qlora", f"data={data}", f"run_dir={run}", *steps])
     assert end.value.code == 0

@@ -24,7 +24,7 @@ def head_cross_entropy(
     Args:
         hidden: [S, H], at the places whose next token is learnt. targets: int64 [S].
     """
-    rows = max(1, TILE_ELEMENTS // vocabulary)
+    rows = tile_rows(vocabulary)
     if hidden.shape[0] <= rows:
         return _losses(head, hidden, targets)
     tiles = zip(hidden.split(rows), targets.split(rows), strict=True)
@@ -32,6 +32,11 @@ def head_cross_entropy(
         return torch.cat([_losses(head, h, t) for h, t in tiles])
     random = draws(head)
     return torch.cat([checkpoint(_losses, head, h, t, use_reentrant=False, preserve_rng_state=random) for h, t in tiles])
+
+
+def tile_rows(vocabulary: int) -> int:
+    """Places of a tile."""
+    return max(1, TILE_ELEMENTS // vocabulary)
 
 
 def draws(module: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lorica.kernels.loss import head_cross_entropy
+from lorica.kernels.loss import draws, head_cross_entropy, tile_rows
 from lorica.models.generation import greedy, stop_tokens
 from lorica.models.module import LoricaModule, flat_inputs
 
@@ -55,6 +55,11 @@ class CausalLMModule(LoricaModule):
 
     def loss_sum(self, batch: dict[str, Any]) -> torch.Tensor:
         return self.token_losses(batch).sum()
+
+    def capturable(self, batch: dict[str, Any]) -> bool:
+        """No, where a head with dropout is computed again tile by tile."""
+        rows = tile_rows(self.whole.config.get_text_config().vocab_size)
+        return len(batch["targets"]) <= rows or not draws(self.whole.get_output_embeddings())
 
     def evaluate(self, batch: dict[str, Any]) -> dict[str, Any]:
         losses = self.token_losses(batch)

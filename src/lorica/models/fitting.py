@@ -137,7 +137,8 @@ def fit(
         found.notes.append(why)
     one = machine.world_size == 1 and machine.precision != "16-mixed" and not trainer.detect_anomaly
     if found.compiled and trainer.cuda_graphs is not False and one and not (found.recomputed and layers.random):
-        small = [b for b, s in zip(batches, fitting.seconds, strict=True) if trainer.cuda_graphs or s < LAUNCH_BOUND]
+        short = [b for b, s in zip(batches, fitting.seconds, strict=True) if trainer.cuda_graphs or s < LAUNCH_BOUND]
+        small = [b for b in short if module.capturable(b)]
         if small:
             module.capture = partial(fitting.capture, trainer.accumulate_grad_batches, small)
             found.captured = True

@@ -46,6 +46,10 @@ class LoricaModule(LightningModule):
     def loss_sum(self, batch: dict[str, Any]) -> torch.Tensor:
         """The summed loss over a micro-batch's supervised tokens (or labelled texts), a scalar in fp32."""
 
+    def capturable(self, batch: dict[str, Any]) -> bool:
+        """Whether a micro-step on a batch of this size can be captured, its layers aside: it must not save the generator's state."""
+        return True
+
     @abstractmethod
     def evaluate(self, batch: dict[str, Any]) -> dict[str, Any]:
         """For a batch of evaluation rows: loss_sum and count (scalars), and scores [B, K] (log-probabilities) where there are labels."""
