@@ -64,7 +64,8 @@ def _trained(covered: set[int] | None, clip: float | None) -> tuple[list[torch.T
     torch.manual_seed(0)
     module = Regression(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), OptimizerConfig(name="adamw", lr=0.05), 4)
     if covered is not None:
-        module.capture = lambda: Replayed(module, covered)  # type: ignore[assignment, return-value]
+        steps = Replayed(module, covered)
+        module.capture = lambda: steps  # type: ignore[assignment, return-value]
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -76,7 +77,8 @@ def _trained(covered: set[int] | None, clip: float | None) -> tuple[list[torch.T
         enable_model_summary=False,
     )
     trainer.fit(module, DataLoader(_batches(), batch_size=None))  # type: ignore[arg-type]
-    replayed = module.captured.replayed if module.captured is not None else 0  # type: ignore[attr-defined]
+    assert module.captured is None, "its memory is held after training"
+    replayed = 0 if covered is None else steps.replayed
     supervised = module.supervised_account
     return [p.detach() for p in module.parameters()], module.read_loss(), supervised, replayed
 

@@ -217,6 +217,11 @@ class LoricaDataModule(LightningDataModule):
         micro = [self.plan.micro_batch(i // ranks, i % ranks) for i in numbers]
         return [self._collate_train(m.rows, m.window_supervised, m.epoch) for m in micro]
 
+    def largest_evaluation_batch(self) -> dict[str, Any] | None:
+        """The evaluation batch of the most tokens, or None without rows to evaluate."""
+        firsts = [next(iter(self._eval_loader(split)), None) for split in SPLITS[1:] if self.eval_rows[split]]
+        return max((b for b in firsts if b is not None), key=lambda b: b["input_ids"].numel(), default=None)
+
     def _padded_tokens(self, i: int) -> int:
         rows = self.plan.micro_batch(*divmod(i, self.batching.world_size)).rows or (0,)
         return len(rows) * max(len(self.train_rows[r].ids) for r in rows)

@@ -128,21 +128,45 @@ def fit(
         return Fit(len(layers), layers.recomputed, layers.offload, False)
     if compiled:
         data.fill_batches()
-    batches = [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in data.largest_batches()]
+    batches = [_on(device, batch) for batch in data.largest_batches()]
     fitting = Fitting(module, layers, batches, arithmetic)
     name, _ = effective_name(str(config.optimizer.name), device)
     found = fitting.fit(asked, compiled, name)
+    evaluation = _evaluation(fitting, data, device)
     module.roomy = found.recomputed < found.layers  # memory is not short
     if why := effective_name(name, device, module.roomy)[1]:
         found.notes.append(why)
     one = machine.world_size == 1 and machine.precision != "16-mixed" and not trainer.detect_anomaly
     if found.compiled and trainer.cuda_graphs is not False and one and not (found.recomputed and layers.random):
+        # graphs hold on to their memory, and evaluation comes between them
+        room = fitting.peak + evaluation <= memory_limit(device)
         short = [b for b, s in zip(batches, fitting.seconds, strict=True) if trainer.cuda_graphs or s < LAUNCH_BOUND]
-        small = [b for b in short if module.capturable(b)]
+        small = [b for b in short if room and module.capturable(b)]
         if small:
             module.capture = partial(fitting.capture, trainer.accumulate_grad_batches, small)
             found.captured = True
     return found
+
+
+def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def _evaluation(fitting: Fitting, data: LoricaDataModule, device: torch.device) -> int:
+    """Bytes that evaluation takes; its batches are made smaller until the largest fits.
+
+    Raises:
+        ConfigError: not even single rows do.
+    """
+    while data.batching.world_size == 1 and (batch := data.largest_evaluation_batch()) is not None:  # ranks must have the same batches
+        if (size := fitting.evaluation_bytes(_on(device, batch))) is not None:
+            return size
+        if len(batch["index"]) == 1:
+            raise ConfigError(
+                "model.max_length", batch["input_ids"].numel(), "one row of so many tokens does not fit into the GPU's memory"
+            )
+        data.batching.eval_tokens //= 2
+    return 0
 
 
 class Fitting:
@@ -201,7 +225,9 @@ class Fitting:
             frozen.dequantize_again(self.module.model, bool(self.layers.recomputed) or not plenty)
             if not self._fits():
                 raise self._too_large("as asked", "trainer.gradient_checkpointing=null")
+        torch.cuda.reset_peak_memory_stats()
         self.seconds = [self._timed(batch) for batch in self.batches]
+        self.peak = torch.cuda.max_memory_allocated()
         del held
 
     def _free(self) -> int:
@@ -241,6 +267,22 @@ class Fitting:
             self._forget()
             return False
         return True
+
+    def evaluation_bytes(self, batch: dict[str, Any]) -> int | None:
+        """Bytes that an evaluation batch takes for the time being; None: more than there are."""
+        self._forget()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.module.eval()
+        try:
+            with torch.no_grad(), self.arithmetic():
+                self.module.evaluate(batch)
+        except torch.cuda.OutOfMemoryError:
+            return None
+        finally:
+            self.module.train()
+            self._forget()
+        return torch.cuda.max_memory_allocated() - before
 
     def _timed(self, batch: dict[str, Any]) -> float:
         """Seconds of a micro-step, after one in which it is compiled."""

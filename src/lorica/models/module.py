@@ -107,6 +107,10 @@ class LoricaModule(LightningModule):
         total, supervised = both.tolist()
         return float(total / max(1.0, supervised))
 
+    def on_train_end(self) -> None:
+        """Let go of captured steps and their memory."""
+        self.captured = self.capture = None
+
     def configure_optimizers(self) -> Any:
         name, _ = effective_name(str(self.optimizer_config.name), self.device, self.roomy)
         self.joined = self.device.type == "cuda" and self.trainer.world_size == 1  # several ranks reduce gradients by layers
