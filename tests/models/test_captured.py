@@ -63,9 +63,9 @@ def _batches() -> list[dict[str, Any]]:
 def _trained(covered: set[int] | None, clip: float | None) -> tuple[list[torch.Tensor], float, int, int]:
     torch.manual_seed(0)
     module = Regression(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), OptimizerConfig(name="adamw", lr=0.05), 4)
+    made: list[Replayed] = []
     if covered is not None:
-        steps = Replayed(module, covered)
-        module.capture = lambda: steps  # type: ignore[assignment, return-value]
+        module.capture = lambda: made.append(Replayed(module, covered)) or made[0]  # type: ignore[assignment, return-value, func-returns-value]
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -78,7 +78,7 @@ def _trained(covered: set[int] | None, clip: float | None) -> tuple[list[torch.T
     )
     trainer.fit(module, DataLoader(_batches(), batch_size=None))  # type: ignore[arg-type]
     assert module.captured is None, "its memory is held after training"
-    replayed = 0 if covered is None else steps.replayed
+    replayed = made[0].replayed if made else 0
     supervised = module.supervised_account
     return [p.detach() for p in module.parameters()], module.read_loss(), supervised, replayed
 
