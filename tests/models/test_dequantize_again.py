@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorica.kernels import frozen, lora_linear, nf4
+from lorica.kernels import frozen, layers, lora_linear, nf4
 
 
 def _counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -39,13 +39,14 @@ def test_weights_are_kept_or_made_again(monkeypatch: pytest.MonkeyPatch, tmp_pat
     x = torch.randn(32, 64, requires_grad=True)
     net(x).square().sum().backward()
     expected = [x.grad, *(p.grad for p in net.parameters() if p.requires_grad)]
-    compiled = torch.compile(net.forward, dynamic=False, fullgraph=True)
-    for again, uses in ((True, [0, 0, 1, 1]), (False, [0, 0])):
+    kept, recomputed = (torch.compile(f, dynamic=False, fullgraph=True) for f in (layers._forward, layers._forward_recomputed))
+    for forward, again, uses in ((kept, True, [0, 0, 1, 1]), (kept, False, [0, 0]), (recomputed, True, [0, 0, 0, 1, 1])):
         frozen.dequantize_again(net, again)
         net.zero_grad()
         x.grad = None
         calls.clear()
-        compiled(x).square().sum().backward()
-        assert sorted(calls) == uses
+        with torch._functorch.config.patch(activation_memory_budget=0.0 if forward is recomputed else 1.0):
+            forward(net, x).square().sum().backward()
+        assert sorted(calls) == uses, "the last product is not computed again"
         for ours, theirs in zip([x.grad, *(p.grad for p in net.parameters() if p.requires_grad)], expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -140,7 +140,7 @@ def test_compiled_layers_share_two_graphs_a_size(monkeypatch: pytest.MonkeyPatch
     for layers.recomputed, layers.offload in [(2, False), (3, True)]:
         for a, b in zip(_gradients(model, _ids()), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
-    assert counters["stats"]["unique_graphs"] == 4
+    assert counters["stats"]["unique_graphs"] == 6, "layers that are computed again are two graphs more"
     layers.compile(False)
     assert all(torch.equal(a, b) for a, b in zip(_gradients(model, _ids()), expected, strict=True))
     torch._dynamo.reset()

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -42,7 +44,8 @@ class Layers:
         self.measuring = False
         self.kept: dict[int, int] = {}
         self._host: dict[Any, torch.Tensor] = {}
-        self._compiled: list[Callable[..., Any]] | None = None
+        self._compiled: Callable[..., Any] | None = None
+        self._compiled_recomputed: Callable[..., Any] | None = None
         self.random = draws(model)
         self._plain = [layer.forward for layer in self.layers]
         for i, layer in enumerate(self.layers):
@@ -53,32 +56,37 @@ class Layers:
 
     def compile(self, on: bool = True) -> None:
         """Let training use compiled layers. Each size that they meet is compiled when it is first met."""
+        self._compiled = torch.compile(_forward, dynamic=False) if on else None
+        self._compiled_recomputed = torch.compile(_forward_recomputed, dynamic=False) if on else None
         if on:
             # two kinds of layers (the first has an input without gradient), some sizes: more than dynamo's default limit of 8 may come
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-        self._compiled = [torch.compile(forward, dynamic=False) for forward in self._plain] if on else None
 
     def _run(self, i: int, *args: Any, **kwargs: Any) -> Any:
         if not (self.layers[i].training and torch.is_grad_enabled()):
             return self._plain[i](*args, **kwargs)
-        run = self._plain[i] if self._compiled is None else self._compiled[i]
         if not self.measuring:
-            return self._trained(i, run, args, kwargs)
+            return self._trained(i, args, kwargs)
         before = torch.cuda.memory_allocated()
-        out = self._trained(i, run, args, kwargs)
+        out = self._trained(i, args, kwargs)
         self.kept[i] = torch.cuda.memory_allocated() - before
         return out
 
-    def _trained(self, i: int, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _trained(self, i: int, args: Any, kwargs: Any) -> Any:
+        run = functools.partial(self._compiled, self.layers[i]) if self._compiled else self._plain[i]
         if i >= self.recomputed:
             return run(*args, **kwargs)
-        if not self.offload:
-            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=self.random, **kwargs)
-        with torch.autograd.graph.saved_tensors_hooks(functools.partial(self._to_host, i), _to_device):
+        hooks = torch.autograd.graph.saved_tensors_hooks(functools.partial(self._to_host, i, args[0].data_ptr()), _to_device)
+        with hooks if self.offload else nullcontext():
+            if self._compiled_recomputed and not self.random:
+                with torch._functorch.config.patch(activation_memory_budget=0.0):
+                    return self._compiled_recomputed(self.layers[i], *args, **kwargs)
             return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=self.random, **kwargs)
 
-    def _to_host(self, i: int, x: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
-        """What a recomputed layer keeps, into host memory that is its own: nothing is allocated after the first time."""
+    def _to_host(self, i: int, of_input: int, x: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
+        """A layer's input, into host memory that is its own: nothing is allocated after the first time. What else it keeps stays."""
+        if x.data_ptr() != of_input:
+            return x.device, x
         key = (i, x.shape, x.dtype)
         if key not in self._host:
             self._host[key] = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
@@ -88,3 +96,13 @@ class Layers:
 def _to_device(kept: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
     device, x = kept
     return x.to(device, non_blocking=True)
+
+
+def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)
+
+
+def _forward_recomputed(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """`_forward` as a code of its own, which is compiled with no memory for activations: backward computes again what it needs of them,
+    but not the layer's last product, as a checkpoint around compiled code would. Dropout's masks would not be drawn alike."""
+    return type(layer).forward(layer, *args, **kwargs)
