@@ -34,7 +34,8 @@ class Layers:
             theirs, which are gone by the time that the first are computed again.
         offload: the inputs that recomputed layers keep wait in pinned host memory.
         random: whether a layer draws random numbers (dropout).
-        kept: bytes of activations that a layer kept in its latest forward in training, by layer; recorded while `measuring`.
+        kept: bytes of activations that a layer kept in its latest forward in training, by layer; recorded while `measuring`, for which
+            nothing is compiled that may not be needed.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -78,7 +79,7 @@ class Layers:
             return run(*args, **kwargs)
         hooks = torch.autograd.graph.saved_tensors_hooks(functools.partial(self._to_host, i, args[0].data_ptr()), _to_device)
         with hooks if self.offload else nullcontext():
-            if self._compiled_recomputed and not self.random:
+            if self._compiled_recomputed and not (self.random or self.measuring):
                 with torch._functorch.config.patch(activation_memory_budget=0.0):
                     return self._compiled_recomputed(self.layers[i], *args, **kwargs)
             return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=self.random, **kwargs)

@@ -211,7 +211,10 @@ class Fitting:
         return torch.empty(size, dtype=torch.uint8, device=self.module.device)
 
     def _set(self, asked: bool | int | str | None, optimizer: str) -> None:
-        held = self._hold(state_bytes(self.module, optimizer))
+        try:
+            held = self._hold(state_bytes(self.module, optimizer))
+        except torch.cuda.OutOfMemoryError:
+            raise self._too_large("beside the optimiser's state", "optimizer.name=adamw_8bit") from None
         # compiled forwards may keep plain weights for backward: only where there is plenty of room, as when no activations have to go
         plenty = self._free() > PLENTY * frozen.plain_bytes(self.module.model)
         if asked is None:
@@ -237,11 +240,10 @@ class Fitting:
         """Recompute as few layers as can be."""
         layers = self.layers
         layers.recomputed, layers.offload = len(layers) - 1, False  # the last keeps its activations, to see how much they are
-        if self._fits():
-            torch.cuda.reset_peak_memory_stats()
-            layers.measuring = True
-            self._run(self.batches[-1])
-            layers.measuring = False
+        layers.measuring = True
+        measured = self._fits()
+        layers.measuring = False
+        if measured:
             more = max(1, layers.kept[len(layers) - 1] - layers.kept[0])  # for each layer that keeps its own
             limit = memory_limit(self.module.device) * (1 - SPARE) - SPARE_BYTES
             keep = 1 + int((limit - torch.cuda.max_memory_allocated()) // more)
@@ -262,11 +264,13 @@ class Fitting:
         """Whether the largest micro-batch runs, with gradients left from one before."""
         try:
             self._run(self.batches[-1])
+            torch.cuda.reset_peak_memory_stats()  # what compiling takes is not asked for again
             self._run(self.batches[-1])
+            return True
         except torch.cuda.OutOfMemoryError:
-            self._forget()
-            return False
-        return True
+            pass  # what the failed run holds is held by the exception, too
+        self._forget()
+        return False
 
     def evaluation_bytes(self, batch: dict[str, Any]) -> int | None:
         """Bytes that an evaluation batch takes for the time being; None: more than there are."""
@@ -274,15 +278,16 @@ class Fitting:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self.module.eval()
+        size = None
         try:
             with torch.no_grad(), self.arithmetic():
                 self.module.evaluate(batch)
+            size = torch.cuda.max_memory_allocated() - before
         except torch.cuda.OutOfMemoryError:
-            return None
-        finally:
-            self.module.train()
-            self._forget()
-        return torch.cuda.max_memory_allocated() - before
+            pass
+        self.module.train()
+        self._forget()
+        return size
 
     def _timed(self, batch: dict[str, Any]) -> float:
         """Seconds of a micro-step, after one in which it is compiled."""
