@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from lorica import caches
 from lorica.data import encoding
 from lorica.data.encoding import Candidates, CausalEncoder, ClassifierEncoder, Encoded, Progress, Truncation, silent
 from lorica.data.examples import Example
@@ -37,10 +38,8 @@ Arrays = dict[str, "np.ndarray[Any, Any]"]
 
 
 def folder() -> Path:
-    """$LORICA_CACHE, else $XDG_CACHE_HOME/lorica, else ~/.cache/lorica; in it `tokens`."""
-    if own := os.environ.get("LORICA_CACHE"):
-        return Path(own).expanduser() / "tokens"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorica" / "tokens"
+    """Where the files lie."""
+    return caches.folder("tokens")
 
 
 # ----------------------------------------------------------------------------------------------------------------- keys

@@ -18,6 +18,7 @@ import torch
 import torch._dynamo.exc
 import torch._inductor.exc
 
+from lorica import caches
 from lorica.config import ConfigError, TrainConfig
 from lorica.data.module import LoricaDataModule
 from lorica.hardware import Machine, memory_limit
@@ -127,6 +128,7 @@ def fit(
         layers.recomputed, layers.offload = amount(asked or False, len(layers))
         return Fit(len(layers), layers.recomputed, layers.offload, False)
     if compiled:
+        caches.keep_compiled()
         data.fill_batches()
     batches = [_on(device, batch) for batch in data.largest_batches()]
     fitting = Fitting(module, layers, batches, arithmetic)
