@@ -25,7 +25,11 @@ class SeedSteps(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(((self.seed * 1_000_003 + batch_idx) * 65_537 + trainer.global_rank) % (1 << 63))
+        seed = ((self.seed * 1_000_003 + batch_idx) * 65_537 + trainer.global_rank) % (1 << 63)
+        # not torch.manual_seed, which queues the seed with a formatted stack for every kind of device that is not in use: milliseconds
+        torch.default_generator.manual_seed(seed)
+        if pl_module.device.type in ("cuda", "mps"):
+            getattr(torch, pl_module.device.type).manual_seed(seed)
 
 
 class ValidationPoints(Callback):
