@@ -296,6 +296,10 @@ def _check_trainer(config: TrainConfig) -> None:
         )
     if t.fp8 and config.model.lora is None:
         raise NotApplicable("trainer.fp8", True, "multiplies by weights under adapters; model.lora is null", "trainer.fp8=false")
+    lora = config.model.lora
+    if lora is not None and (t.fp8 or t.resident_weights) and (lora.use_dora or lora.bias != "none"):
+        key = "trainer.fp8" if t.fp8 else "trainer.resident_weights"
+        raise NotApplicable(key, True, "has no effect with DoRA or trained biases (model.lora.use_dora, model.lora.bias)", f"{key}=false")
     quantized = config.model.quantization is not None and config.model.quantization.load_in_4bit
     if t.resident_weights and not (quantized or t.fp8):
         raise NotApplicable(

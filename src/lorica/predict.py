@@ -137,19 +137,30 @@ class Predictor:
         sizes = np.asarray(lengths)
         order = [int(i) for i in np.argsort(-sizes, kind="stable")]
         batches = cut_batches(sizes, order, None if by_tokens else batch_size or BATCH, TOKENS, self.trained.padded)
-        scores = []
-        for group in batches:
-            batch = collate([items[i] for i in group])
-            if device.type == "cuda":
-                batch = {k: v.pin_memory().to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            with self._autocast():
-                scores.append(self.module.evaluate(batch)["scores"])
+        scores, waiting = [], batches[::-1]
+        while waiting:
+            group = waiting.pop()
+            try:
+                scores.append(self._scores(collate([items[i] for i in group])))
+            except torch.cuda.OutOfMemoryError:
+                if len(group) == 1:
+                    raise
+                waiting += [group[len(group) // 2 :], group[: len(group) // 2]]
+                continue
             done(len(group))
         place = np.empty(len(items), np.int64)
         place[order] = np.arange(len(items))
         rows = torch.cat(scores).float().exp().cpu()[torch.from_numpy(place)]
         best = rows.argmax(1).tolist()
         return [Answer(self.labels[k], dict(zip(self.labels, row, strict=True))) for k, row in zip(best, rows.tolist(), strict=True)]
+
+    def _scores(self, batch: dict[str, Any]) -> torch.Tensor:
+        device = self.trained.model.device
+        if device.type == "cuda":
+            batch = {k: v.pin_memory().to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        with self._autocast():
+            scores: torch.Tensor = self.module.evaluate(batch)["scores"]
+        return scores
 
     def _written(self, prompts: list[list[int]], batch_size: int, done: Callable[[int], None]) -> list[Answer]:
         """Texts, the longest prompts first."""

@@ -174,8 +174,10 @@ def _train(run: Run) -> None:
     _announce(run, data, loaded, machine)
     if run.main:
         point_latest(run.folder)
+    fitting.prepare(module, config, machine)
     if state is None or data.resume_at < len(data.plan):
-        found = fitting.fit(module, loaded.layers, data, machine, config, compiled, trainer.precision_plugin.train_step_context)
+        arithmetic = trainer.precision_plugin.train_step_context
+        found = fitting.fit(module, loaded.layers, data, machine, config, compiled, arithmetic, screen.note)
         if found.seconds or found.recomputed:
             screen.print(f"  layers     {found}; tried in {duration(found.seconds)}")
         for note in found.notes:

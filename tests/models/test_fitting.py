@@ -174,6 +174,7 @@ class Simulated(Fitting):
         patch.setattr(frozen, "plain_bytes", lambda model: 0)
         patch.setattr(torch.cuda, "memory_allocated", lambda device: memory.base)
         patch.setattr(torch.cuda, "synchronize", lambda: None)
+        patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1))
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: setattr(self, "highest", 0))
         patch.setattr(torch.cuda, "max_memory_allocated", lambda: self.highest)
 
@@ -253,10 +254,38 @@ def test_without_a_gpu_layers_run_as_asked_and_nothing_is_tried() -> None:
     layers = Layers(nn.Sequential(*(Layer() for _ in range(6))))
     module: Any = Bare(nn.Linear(2, 2), OptimizerConfig(), 1)
     config = compose("train", ["model=minilm_full"])
-    machine: Any = SimpleNamespace(device=CPU)
+    machine: Any = SimpleNamespace(device=CPU, compute_dtype=torch.float32)
     for asked, expected in ((None, (0, False)), (True, (6, False)), (2, (2, False)), ("offload", (6, True))):
         data: Any = None
         config.trainer.gradient_checkpointing = asked
-        found = fitting.fit(module, layers, data, machine, config, False, nullcontext)
+        fitting.prepare(module, config, machine)
+        found = fitting.fit(module, layers, data, machine, config, False, nullcontext, pytest.fail)
         assert (found.recomputed, found.offload, found.compiled, found.captured) == (*expected, False, False)
         assert (layers.recomputed, layers.offload) == expected and module.capture is None
+
+
+# --------------------------------------------------------------------------------------------------------------- capture
+
+
+@pytest.mark.parametrize("fails", ["", "operation not permitted when stream is capturing"])
+def test_all_sizes_are_captured_or_none_and_the_user_is_told(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[int] = []
+    notes: list[str] = []
+
+    class Steps:
+        def __init__(self, *given: Any) -> None:
+            pass
+
+        def capture(self, batch: dict[str, Any]) -> None:
+            captured.append(batch["input_ids"].numel())
+            if fails and len(captured) == 2:
+                raise RuntimeError(fails)
+
+    modes: list[str] = []
+    monkeypatch.setattr(fitting, "CapturedSteps", Steps)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    tried = Simulated(Memory(10_000 * MIB, 1000 * MIB, 12, 10 * MIB, 1 * MIB, 0), monkeypatch)
+    steps = tried.capture(1, notes.append)
+    assert captured == [128, 64] and modes[0] == "error" and modes[-1] == "default"
+    assert (steps is None) == bool(fails) == bool(notes)
+    assert not fails or fails in notes[0]

@@ -17,6 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
+PLAN_VERSION = 2  # another one for the same settings is another plan
 GROUPING_POOL = 16  # windows whose rows are sorted together when rows are grouped by length
 
 
@@ -81,7 +82,7 @@ class BatchPlan:
     def fingerprint(self) -> str:
         """Equal for plans that agree on every micro-step that both have: of the same rows, seed, sizes and ranks."""
         settings = (self.seed, self.batch_size, self.tokens_per_batch, self.accumulate, self.world_size, self.padded, self.group_by_length)
-        return hashlib.sha256(repr(settings).encode() + self.lengths.tobytes() + self.supervised.tobytes()).hexdigest()
+        return hashlib.sha256(f"{PLAN_VERSION} {settings}".encode() + self.lengths.tobytes() + self.supervised.tobytes()).hexdigest()
 
     def __len__(self) -> int:
         """Micro-steps of the whole run, on each rank."""

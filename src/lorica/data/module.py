@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -219,8 +220,13 @@ class LoricaDataModule(LightningDataModule):
 
     def largest_evaluation_batch(self) -> dict[str, Any] | None:
         """The evaluation batch of the most tokens, or None without rows to evaluate."""
-        firsts = [next(iter(self._eval_loader(split)), None) for split in SPLITS[1:] if self.eval_rows[split]]
-        return max((b for b in firsts if b is not None), key=lambda b: b["input_ids"].numel(), default=None)
+        largest = []
+        for split in SPLITS[1:]:
+            lengths, batches = self._eval_batches(split)
+            if batches:
+                cost = (lambda b: len(b) * max(lengths[i] for i in b)) if self.batching.padded else (lambda b: sum(lengths[i] for i in b))  # noqa: B023
+                largest.append(self._eval_batch(split, max(batches, key=cost)))
+        return max(largest, key=lambda b: b["input_ids"].numel(), default=None)
 
     def _padded_tokens(self, i: int) -> int:
         rows = self.plan.micro_batch(*divmod(i, self.batching.world_size)).rows or (0,)
@@ -269,18 +275,20 @@ class LoricaDataModule(LightningDataModule):
         return self._eval_loader("test")
 
     def _eval_loader(self, split: str) -> DataLoader[Any]:
+        return DataLoader(_Batches(self._eval_batches(split)[1], partial(self._eval_batch, split)), batch_size=None, num_workers=0)
+
+    def _eval_batches(self, split: str) -> tuple[list[int], list[list[int]]]:
+        """(tokens of each row of a split, this rank's batches of rows)."""
         b = self.batching
-        rows = self.eval_rows[split]
-        lengths = [sum(map(len, r.sequences)) if self.scored else len(r.ids) for r in rows]
-        batches = evaluation_batches(lengths, b.eval_tokens, b.rank, b.world_size)
+        lengths = [sum(map(len, r.sequences)) if self.scored else len(r.ids) for r in self.eval_rows[split]]
+        return lengths, evaluation_batches(lengths, b.eval_tokens, b.rank, b.world_size)
 
-        def make(indices: list[int]) -> dict[str, Any]:
-            chosen = [rows[i] for i in indices]
-            batch = collate_candidates(chosen, b.pad_id, b.padded) if self.scored else self._collate(chosen)
-            batch["index"] = indices
-            return batch
-
-        return DataLoader(_Batches(batches, make), batch_size=None, num_workers=0)
+    def _eval_batch(self, split: str, indices: list[int]) -> dict[str, Any]:
+        b = self.batching
+        chosen = [self.eval_rows[split][i] for i in indices]
+        batch = collate_candidates(chosen, b.pad_id, b.padded) if self.scored else self._collate(chosen)
+        batch["index"] = indices
+        return batch
 
 
 class _Planned(Dataset[dict[str, Any]]):

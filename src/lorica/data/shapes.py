@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MOST = 3  # sizes; each is compiled, which takes some ten seconds
+FINEST = 512  # different sizes to choose from
 STEP = 64  # tokens: sizes are multiples
 WORTH = 0.03  # another size must save this share of all tokens
 
@@ -33,7 +34,8 @@ def shapes(tokens: Sequence[int], sequences: Sequence[int], targets: Sequence[in
         tokens, sequences, targets: of every micro-batch that will be met. longest: tokens of the longest row.
     """
     total, rows, places = np.asarray(tokens), np.asarray(sequences), np.asarray(targets)
-    sizes = _sizes(-(-total // STEP) * STEP)
+    step = STEP * -(-int(total.max()) // (STEP * FINEST))
+    sizes = _sizes(-(-total // step) * step)
     chosen = np.searchsorted(sizes, total)
     made = []
     for i, size in enumerate(sizes):

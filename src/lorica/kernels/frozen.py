@@ -186,5 +186,9 @@ def _bases(model: nn.Module) -> list[Any]:
 
 def prepare_layers(model: nn.Module, dtype: torch.dtype, fp8: bool, resident: bool) -> None:
     """`prepare` for the base of every LoRA layer over a linear one."""
+    if not (fp8 or resident):
+        return
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
     for base in _bases(model):
-        prepare(base, dtype, fp8, resident)
+        prepare(base, dtype, fp8 and base is not getattr(head, "base_layer", None), resident)

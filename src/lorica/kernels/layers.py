@@ -82,7 +82,8 @@ class Layers:
             if self._compiled_recomputed and not (self.random or self.measuring):
                 with torch._functorch.config.patch(activation_memory_budget=0.0):
                     return self._compiled_recomputed(self.layers[i], *args, **kwargs)
-            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=self.random, **kwargs)
+            keep = self.random or not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing()
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=keep, **kwargs)
 
     def _to_host(self, i: int, of_input: int, x: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
         """A layer's input, into host memory that is its own: nothing is allocated after the first time. What else it keeps stays."""
@@ -91,7 +92,7 @@ class Layers:
         key = (i, x.shape, x.dtype)
         if key not in self._host:
             self._host[key] = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-        return x.device, self._host[key].copy_(x, non_blocking=True)
+        return x.device, self._host[key].copy_(x, non_blocking=x.is_cuda)
 
 
 def _to_device(kept: tuple[torch.device, torch.Tensor]) -> torch.Tensor:

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -93,24 +93,14 @@ def compiles(asked: bool | None, began: bool | None, loaded: Loaded, device: tor
     return micro_steps >= WORTH_COMPILING if began is None else began
 
 
-def fit(
-    module: LoricaModule,
-    layers: Layers,
-    data: LoricaDataModule,
-    machine: Machine,
-    config: TrainConfig,
-    compiled: bool,
-    arithmetic: Callable[[], AbstractContextManager[Any]],
-) -> Fit:
-    """Put the module on its device, set how its layers run, and find out on a GPU what fits.
+def prepare(module: LoricaModule, config: TrainConfig, machine: Machine) -> None:
+    """Put the module on its device, its frozen weights as they were asked for: before training, and before a test alone.
 
-    Args:
-        compiled: see `compiles`; `data` then fills its batches up. arithmetic: a context for forwards (autocast), made anew for each use.
     Raises:
-        ConfigError: the largest micro-batch does not fit, or not as asked; or the model can't do what is asked.
+        ConfigError: the model can't do what is asked.
     """
-    trainer, device, asked = config.trainer, machine.device, config.trainer.gradient_checkpointing
-    module.to(device).train()
+    trainer = config.trainer
+    module.to(machine.device).train()
     if trainer.offload_embeddings and not keep_on_host(module.whole):
         raise ConfigError(
             "trainer.offload_embeddings",
@@ -120,6 +110,27 @@ def fit(
         )
     if config.model.lora is not None:
         frozen.prepare_layers(module.model, machine.compute_dtype, trainer.fp8, trainer.resident_weights)
+
+
+def fit(
+    module: LoricaModule,
+    layers: Layers,
+    data: LoricaDataModule,
+    machine: Machine,
+    config: TrainConfig,
+    compiled: bool,
+    arithmetic: Callable[[], AbstractContextManager[Any]],
+    note: Callable[[str], None],
+) -> Fit:
+    """Set how the layers of a prepared module run, and find out on a GPU what fits.
+
+    Args:
+        compiled: see `compiles`; `data` then fills its batches up. arithmetic: a context for forwards (autocast), made anew for each use.
+        note: tells the user of what could not be done later.
+    Raises:
+        ConfigError: the largest micro-batch does not fit, or not as asked.
+    """
+    trainer, device, asked = config.trainer, machine.device, config.trainer.gradient_checkpointing
     if asked and not len(layers):
         raise ConfigError(
             "trainer.gradient_checkpointing", asked, "this architecture's layers are not known", "trainer.gradient_checkpointing=null"
@@ -138,15 +149,26 @@ def fit(
     module.roomy = found.recomputed < found.layers  # memory is not short
     if why := effective_name(name, device, module.roomy)[1]:
         found.notes.append(why)
-    one = machine.world_size == 1 and machine.precision != "16-mixed" and not trainer.detect_anomaly
-    if found.compiled and trainer.cuda_graphs is not False and one and not (found.recomputed and layers.random):
-        # graphs hold on to their memory, and evaluation comes between them
-        room = fitting.peak + evaluation <= memory_limit(device)
-        short = [b for b, s in zip(batches, fitting.seconds, strict=True) if trainer.cuda_graphs or s < LAUNCH_BOUND]
-        small = [b for b in short if room and module.capturable(b)]
-        if small:
-            module.capture = partial(fitting.capture, trainer.accumulate_grad_batches, small)
-            found.captured = True
+    hindrances = [
+        why
+        for why, hinders in (
+            ("its layers are not compiled", not found.compiled),
+            ("there are several devices", machine.world_size > 1),
+            ("the precision is 16-mixed", machine.precision == "16-mixed"),
+            ("anomalies are looked for", trainer.detect_anomaly),
+            ("layers with dropout are computed again", bool(found.recomputed) and layers.random),
+            ("a head with dropout is computed again", not all(map(module.capturable, batches))),
+            # graphs hold on to their memory, and evaluation comes between them
+            ("evaluation would not fit beside it", fitting.peak + evaluation > memory_limit(device)),
+            ("it takes long", trainer.cuda_graphs is None and max(fitting.seconds) >= LAUNCH_BOUND),
+        )
+        if hinders
+    ]
+    if trainer.cuda_graphs and hindrances:
+        found.notes.append(f"trainer.cuda_graphs=true: a micro-step can't be captured where {hindrances[0]}")
+    if trainer.cuda_graphs is not False and not hindrances:  # all sizes or none: captured ones can't lend their memory to others
+        module.capture = partial(fitting.capture, trainer.accumulate_grad_batches, note)
+        found.captured = True
     return found
 
 
@@ -193,6 +215,7 @@ class Fitting:
             ConfigError: the largest micro-batch does not fit, or not as asked.
         """
         begun, notes = time.perf_counter(), []
+        self.layers.random |= self._draws()
         self.layers.compile(compiled)
         try:
             self._set(asked, optimizer)
@@ -207,6 +230,15 @@ class Fitting:
         self._forget()
         layers = self.layers
         return Fit(len(layers), layers.recomputed, layers.offload, compiled, False, time.perf_counter() - begun, notes)
+
+    def _draws(self) -> bool:
+        """Whether a micro-step draws random numbers, as the device's generator shows."""
+        self.layers.recomputed, self.layers.offload = len(self.layers), False
+        before = torch.cuda.get_rng_state(self.module.device)
+        with suppress(torch.cuda.OutOfMemoryError):
+            self._run(self.batches[0])
+        self._forget()
+        return not torch.equal(before, torch.cuda.get_rng_state(self.module.device))
 
     def _hold(self, size: int) -> torch.Tensor:
         """Memory that is in use while micro-batches are tried, as the optimiser's state will be."""
@@ -269,9 +301,10 @@ class Fitting:
             torch.cuda.reset_peak_memory_stats()  # what compiling takes is not asked for again
             self._run(self.batches[-1])
             return True
-        except torch.cuda.OutOfMemoryError:
-            pass  # what the failed run holds is held by the exception, too
-        self._forget()
+        except RuntimeError as e:
+            if not isinstance(e, torch.cuda.OutOfMemoryError) and "ALLOC_FAILED" not in str(e):
+                raise
+        self._forget()  # not before: what the failed run holds is held by the exception, too
         return False
 
     def evaluation_bytes(self, batch: dict[str, Any]) -> int | None:
@@ -316,17 +349,24 @@ class Fitting:
         have = memory_limit(self.module.device) / 2**30
         return ConfigError("trainer.tokens_per_batch", tokens, f"does not fit into the GPU's {have:.1f} GiB {how}", fix)
 
-    def capture(self, accumulate: int, batches: list[dict[str, Any]]) -> CapturedSteps | None:
-        """Graphs of the micro-steps on batches of these sizes, for which gradients are made; None where there is no memory for any."""
-        steps = CapturedSteps(self.module.loss_sum, self.arithmetic, accumulate)
+    def capture(self, accumulate: int, note: Callable[[str], None]) -> CapturedSteps | None:
+        """Graphs of the micro-steps of all sizes, for which gradients are made; None, with a note, where one can't be captured."""
+        steps: CapturedSteps | None = CapturedSteps(self.module.loss_sum, self.arithmetic, accumulate)
+        assert steps is not None
         try:
-            self._run(batches[-1])  # makes the gradients of all that the loss depends on
-            for batch in reversed(batches):
+            self._run(self.batches[-1])  # makes the gradients of all that the loss depends on
+            torch.cuda.set_sync_debug_mode("error")  # who waits for the device can't be captured, and a failed capture is not undone
+            for batch in reversed(self.batches):
+                self._run(batch)
+            torch.cuda.set_sync_debug_mode("default")
+            for batch in reversed(self.batches):
                 steps.capture(batch)
-        except torch.cuda.OutOfMemoryError:
-            pass
+        except (torch.cuda.OutOfMemoryError, RuntimeError) as e:
+            note(f"micro-steps could not be captured as CUDA graphs ({str(e).splitlines()[0]}): they are launched bit by bit")
+            steps = None
+        torch.cuda.set_sync_debug_mode("default")
         self.module.zero_grad(set_to_none=False)
-        return steps if len(steps) else None
+        return steps
 
 
 def amount(asked: bool | int | str, layers: int) -> tuple[int, bool]:

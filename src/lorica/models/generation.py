@@ -28,7 +28,7 @@ def greedy(model: Any, prompts: Sequence[Sequence[int]], pad_id: int, stops: Col
     """
     from transformers import DynamicCache
 
-    device = model.device
+    device = model.get_output_embeddings().weight.device  # input embeddings may be in host memory
     ids, mask = (x.to(device) for x in pad(prompts, pad_id, left=True))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)

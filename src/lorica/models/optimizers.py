@@ -12,6 +12,7 @@ from torch import nn
 from lorica.config import OptimizerConfig
 
 BLOCK = 256  # elements that share a scale in bitsandbytes' 8-bit states
+LONGEST = 1 << 30  # elements of a joined parameter: bitsandbytes counts them in 32 bits
 SMALL = 4096  # elements below which it keeps 32-bit states
 
 
@@ -48,16 +49,26 @@ def end_to_end(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     alone = [p for p in parameters if p.numel() < SMALL]
     long: list[nn.Parameter] = []
     for dtype in sorted({p.dtype for p in parameters if p.numel() >= SMALL}, key=str):
-        joined = [p for p in parameters if p.numel() >= SMALL and p.dtype == dtype]
-        begins = np.cumsum([0, *(-(-p.numel() // BLOCK) * BLOCK for p in joined)]).tolist()
-        whole = nn.Parameter(torch.zeros(begins[-1], dtype=dtype, device=joined[0].device))
-        whole.grad = torch.zeros_like(whole)
-        for p, begin in zip(joined, begins[:-1], strict=True):
-            place = slice(begin, begin + p.numel())
-            p.data = whole.data[place].view_as(p).copy_(p.data)
-            p.grad = whole.grad[place].view_as(p)
-        long.append(whole)
+        group: list[nn.Parameter] = []
+        for p in [p for p in parameters if p.numel() >= SMALL and p.dtype == dtype]:
+            if group and sum(q.numel() for q in group) + p.numel() > LONGEST:
+                long.append(_joined(group))
+                group = []
+            group.append(p)
+        long.append(_joined(group))
     return long + alone
+
+
+def _joined(parameters: Sequence[nn.Parameter]) -> nn.Parameter:
+    begins = np.cumsum([0, *(-(-p.numel() // BLOCK) * BLOCK for p in parameters)]).tolist()
+    whole = nn.Parameter(torch.zeros(begins[-1], dtype=parameters[0].dtype, device=parameters[0].device))
+    places = [slice(begin, begin + p.numel()) for p, begin in zip(parameters, begins[:-1], strict=True)]
+    for p, place in zip(parameters, places, strict=True):
+        p.data = whole.data[place].view_as(p).copy_(p.data)
+    whole.grad = torch.zeros_like(whole)  # not before the old weights are gone
+    for p, place in zip(parameters, places, strict=True):
+        p.grad = whole.grad[place].view_as(p)
+    return whole
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig, name: str, fused: bool, joined: bool) -> torch.optim.Optimizer:
