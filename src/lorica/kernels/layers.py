@@ -77,7 +77,8 @@ class Layers:
         run = functools.partial(self._compiled, self.layers[i]) if self._compiled else self._plain[i]
         if i >= self.recomputed:
             return run(*args, **kwargs)
-        hooks = torch.autograd.graph.saved_tensors_hooks(functools.partial(self._to_host, i, args[0].data_ptr()), _to_device)
+        of_input = (args[0] if args else kwargs["hidden_states"]).data_ptr()
+        hooks = torch.autograd.graph.saved_tensors_hooks(functools.partial(self._to_host, i, of_input), _to_device)
         with hooks if self.offload else nullcontext():
             if self._compiled_recomputed and not (self.random or self.measuring):
                 with torch._functorch.config.patch(activation_memory_budget=0.0):
