@@ -71,6 +71,7 @@ class BatchPlan:
         self.seed, self.batch_size, self.tokens_per_batch = seed, batch_size, tokens_per_batch
         self.accumulate, self.world_size, self.padded, self.group_by_length = accumulate, world_size, padded, group_by_length
         self._epoch = lru_cache(maxsize=2)(self._build_epoch)
+        self.sizes = lru_cache(maxsize=1)(self._count)
         self.epoch_ends: list[int] = []  # optimiser steps after which each epoch is complete
         while (max_epochs < 0 or len(self.epoch_ends) < max_epochs) and (
             max_steps < 0 or not self.epoch_ends or self.epoch_ends[-1] < max_steps
@@ -163,7 +164,7 @@ class BatchPlan:
             batches += packed
         return [*batches, left]
 
-    def sizes(self) -> tuple[list[int], list[int], list[int]]:
+    def _count(self) -> tuple[list[int], list[int], list[int]]:
         """(tokens, rows, supervised tokens) of every micro-batch of every rank over the whole run; an empty one is taken for row 0."""
         micro = [self.micro_batch(k, rank).rows or (0,) for k in range(len(self)) for rank in range(self.world_size)]
         flat = np.concatenate([np.asarray(rows) for rows in micro])
@@ -210,6 +211,12 @@ def pack(lengths: np.ndarray, order: Sequence[int] | np.ndarray, tokens: int) ->
         batches[batch].append(int(row))
         insort(rooms, (room - n, batch))
     return batches
+
+
+def batch_tokens(lengths: Sequence[int] | np.ndarray, rows: Sequence[int], padded: bool) -> int:
+    """Tokens of a batch, with its padding where it is `padded` to its longest row."""
+    of_rows = [int(lengths[i]) for i in rows]
+    return len(of_rows) * max(of_rows) if padded else sum(of_rows)
 
 
 def cut_batches(lengths: np.ndarray, order: Sequence[int], batch_size: int | None, tokens: int | None, padded: bool) -> list[list[int]]:

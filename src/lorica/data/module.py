@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lorica.config import ConfigError, DataConfig
-from lorica.data.batching import BatchPlan, evaluation_batches
+from lorica.data.batching import BatchPlan, batch_tokens, evaluation_batches
 from lorica.data.collate import collate_candidates, collate_causal, collate_classifier, fill
 from lorica.data.encoding import CausalEncoder, ClassifierEncoder, Encoded, Truncation
 from lorica.data.examples import SPLITS, Example, Splits, split_examples
@@ -209,14 +210,17 @@ class LoricaDataModule(LightningDataModule):
     def largest_batches(self) -> list[dict[str, Any]]:
         """Training batches to try a model with: one for each of `shapes`, else only the largest; the largest last."""
         ranks = self.batching.world_size
-        tokens = [n if not self.batching.padded else self._padded_tokens(i) for i, n in enumerate(self.plan.sizes()[0])]
         if self.shapes:
-            chosen = {next(s for s in self.shapes if s.tokens >= n): i for i, n in enumerate(tokens)}
-            numbers = [chosen[s] for s in self.shapes]
+            chosen = {self._shape(n): i for i, n in enumerate(self.plan.sizes()[0])}
+            micro = [self.plan.micro_batch(*divmod(chosen[s], ranks)) for s in self.shapes]
         else:
-            numbers = [max(range(len(tokens)), key=tokens.__getitem__)]
-        micro = [self.plan.micro_batch(i // ranks, i % ranks) for i in numbers]
+            every = (self.plan.micro_batch(k, rank) for k in range(len(self.plan)) for rank in range(ranks))
+            micro = [max(every, key=lambda m: batch_tokens(self.plan.lengths, m.rows or (0,), self.batching.padded))]
         return [self._collate_train(m.rows, m.window_supervised, m.epoch) for m in micro]
+
+    def _shape(self, tokens: int) -> Shape:
+        """The smallest that holds so many tokens."""
+        return next(s for s in self.shapes if s.tokens >= tokens)
 
     def largest_evaluation_batch(self) -> dict[str, Any] | None:
         """The evaluation batch of the most tokens, or None without rows to evaluate."""
@@ -224,13 +228,9 @@ class LoricaDataModule(LightningDataModule):
         for split in SPLITS[1:]:
             lengths, batches = self._eval_batches(split)
             if batches:
-                cost = (lambda b: len(b) * max(lengths[i] for i in b)) if self.batching.padded else (lambda b: sum(lengths[i] for i in b))  # noqa: B023
-                largest.append(self._eval_batch(split, max(batches, key=cost)))
+                tokens = [batch_tokens(lengths, b, self.batching.padded) for b in batches]
+                largest.append(self._eval_batch(split, batches[int(np.argmax(tokens))]))
         return max(largest, key=lambda b: b["input_ids"].numel(), default=None)
-
-    def _padded_tokens(self, i: int) -> int:
-        rows = self.plan.micro_batch(*divmod(i, self.batching.world_size)).rows or (0,)
-        return len(rows) * max(len(self.train_rows[r].ids) for r in rows)
 
     # --------------------------------------------------------------------------------------------------------- loading
 
@@ -247,8 +247,7 @@ class LoricaDataModule(LightningDataModule):
         ghost = not chosen  # this rank has no rows in this micro-step: it runs row 0 with weight 0, so that ranks stay in step
         batch = self._collate(chosen or [self.train_rows[0]])
         if self.shapes:
-            tokens = batch["input_ids"].shape[1]
-            batch = fill(batch, next(s for s in self.shapes if s.tokens >= tokens), b.pad_id)
+            batch = fill(batch, self._shape(batch["input_ids"].shape[1]), b.pad_id)
         batch["weight"] = 0.0 if ghost else b.world_size * b.plan.get("accumulate", 1) / window_supervised
         batch["count"] = {
             "examples": len(chosen),

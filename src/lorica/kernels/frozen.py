@@ -36,6 +36,11 @@ class Kept(NamedTuple):
     again: bool
 
 
+def covers(base: Any) -> bool:
+    """Whether a layer's products can be done here: a plain or a 4-bit linear one."""
+    return type(base).__name__ in ("Linear", "Linear4bit")
+
+
 def tensors(base: Any) -> tuple[Kept, tuple[torch.Tensor, ...]]:
     """How a layer's weight is kept, and the tensors that it is kept in."""
     scales = getattr(base, "lorica_scales", ())
@@ -181,7 +186,7 @@ def _bases(model: nn.Module) -> list[Any]:
     """The frozen linear layers under LoRA."""
     from peft.tuners.lora.layer import LoraLayer
 
-    return [m.base_layer for m in model.modules() if isinstance(m, LoraLayer) and type(m.base_layer).__name__ in ("Linear", "Linear4bit")]
+    return [m.base_layer for m in model.modules() if isinstance(m, LoraLayer) and covers(m.base_layer)]
 
 
 def prepare_layers(model: nn.Module, dtype: torch.dtype, fp8: bool, resident: bool) -> None:

@@ -118,7 +118,7 @@ def install(model: nn.Module) -> int:
     """
     count = 0
     for module in model.modules():
-        if type(module) in _classes() and type(module.base_layer).__name__ in ("Linear", "Linear4bit"):
+        if type(module) in _classes() and frozen.covers(module.base_layer):
             module.__class__ = _classes()[type(module)]
             count += 1
     return count

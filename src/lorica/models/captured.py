@@ -31,9 +31,6 @@ class CapturedSteps:
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()  # steps run one after another: they may share their memory
 
-    def __len__(self) -> int:
-        return len(self._steps)
-
     def capture(self, batch: dict[str, Any]) -> None:
         """Make a graph of the step for batches of this batch's size. Gradients must exist and are left changed."""
         step = _Step(batch)
