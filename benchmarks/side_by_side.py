@@ -26,7 +26,7 @@ OURS = "lorica"
 TAIL = 15  # lines of a failed process's output that the report keeps
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lightning", "accelerate", "triton", "trl", "liger-kernel", "unsloth")
 
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 ENVIRONMENT |= {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}  # so that the last lines of a failure are about the failure
 
 

@@ -133,12 +133,15 @@ def dense_attention(
 
 
 def register() -> None:
-    """Make both names known to transformers: one with sdpa's masks, one with none."""
+    """Make both names known to transformers: one with sdpa's masks, one with none.
+
+    A name that transformers' masks don't know gets none at once. Were one registered, transformers would first look through the positions
+    for packed sequences, and wait for the device to tell whether there are some.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(VARLEN, varlen_attention)
-    AttentionMaskInterface.register(VARLEN, lambda *args, **kwargs: None)
     AttentionInterface.register(DENSE, dense_attention)
     AttentionMaskInterface.register(DENSE, sdpa_mask)
 
