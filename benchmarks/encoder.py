@@ -104,7 +104,7 @@ def minilm(options: argparse.Namespace) -> None:
 def recipe(name: str, model: Path, folder: Path, *more: str) -> list[str]:
     """The overrides of every run of ours."""
     data = ["data=ag_news", "data.source=files", f"data.path={folder / 'rows'}", *HELD_OUT]
-    return [f"model={name}", f"model.base={model}", *data, "optimizer.name=adamw", "trainer.log_every_n_steps=5", *more]
+    return [f"model={name}", f"model.base={model}", *data, "optimizer.name=adamw", *more]
 
 
 def prepare(model: Path, folder: Path, rows: int) -> dict[str, Any]:

@@ -252,9 +252,10 @@ class TrainerConfig:
         "multiply by the frozen weights under adapters in FP8 (e4m3, a scale for each row), forward and backward: faster, a little less exact; "
         "for GPUs of the Hopper, Ada and Blackwell kinds",
     )
-    resident_weights: bool = key(
-        False,
-        "keep 4-bit weights also as the plain (or FP8) ones that they are multiplied as: the same numbers, faster, four times the memory",
+    resident_weights: bool | None = key(
+        None,
+        "keep 4-bit weights also as the plain (or FP8) ones that they are multiplied as: the same numbers, faster, four times the memory; "
+        "null: on a GPU where no activations have to go for it",
     )
     offload_embeddings: bool = key(
         False, "keep the frozen input embeddings in host memory, from which the GPU reads the rows it needs (0.25 GiB less for Mistral-7B)"

@@ -15,7 +15,8 @@ from lorica.runs import write_text
 from lorica.screen import Screen, quiet_libraries
 
 BATCH = 32  # texts at once
-TOKENS = 16384  # at once on a GPU, where labels are scored
+ELEMENTS = 1 << 26  # of the hidden states of texts at once on a GPU, where labels are scored: 16,384 tokens of Mistral-7B
+WARM_UP = 512  # rows that are answered once before the clock starts: what a first forward loads is loaded then
 ADDED = ("prediction", "probability", "probabilities", "error")  # what an answered row has besides its own
 
 quiet_libraries()
@@ -97,8 +98,6 @@ class Predictor:
             else CausalEncoder(tokenizer, longest, bool(self.task.get("use_chat_template", True)), self.labels or ())
         )
         self.pad_id = int(tokenizer.pad_token_id)
-        if self.labels and trained.model.device.type == "cuda":
-            self.answer([Example("", text="a", prompt="a")])  # what a first forward loads is loaded before rows wait for it
 
     @torch.inference_mode()
     def answer(
@@ -107,7 +106,7 @@ class Predictor:
         """Answers in the order of the examples; batches are made by length.
 
         Args:
-            batch_size: None: BATCH, or by TOKENS where labels are scored on a GPU. done: called with the size of each batch on its way.
+            batch_size: None: BATCH, or by ELEMENTS where labels are scored on a GPU. done: called with the size of each batch on its way.
         """
         padded = self.trained.padded
         if isinstance(self.encoder, ClassifierEncoder):
@@ -136,7 +135,8 @@ class Predictor:
         by_tokens = batch_size is None and device.type == "cuda"
         sizes = np.asarray(lengths)
         order = [int(i) for i in np.argsort(-sizes, kind="stable")]
-        batches = cut_batches(sizes, order, None if by_tokens else batch_size or BATCH, TOKENS, self.trained.padded)
+        tokens = ELEMENTS // self.trained.model.config.get_text_config().hidden_size
+        batches = cut_batches(sizes, order, None if by_tokens else batch_size or BATCH, tokens, self.trained.padded)
         scores, waiting = [], batches[::-1]
         while waiting:
             group = waiting.pop()
@@ -210,6 +210,8 @@ def _answer_file(config: PredictConfig, screen: Screen, predictor: Predictor, ro
             examples[i] = ask_row(predictor.task, row.fields, config.text_column, row.origin)
         except BadRow as e:
             faults[i] = str(e)
+    if predictor.labels and predictor.trained.model.device.type == "cuda":
+        predictor.answer(list(examples.values())[:WARM_UP], config.batch_size)
     begun = time.perf_counter()
     columns = (TextColumn("predict"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=screen.console, disable=not screen.is_terminal) as bar:

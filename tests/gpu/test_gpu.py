@@ -1,5 +1,6 @@
 """On an NVIDIA GPU: padding-free batches equal padded ones, NF4 adapters train, and what was trained is what is predicted."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -76,6 +77,31 @@ def test_dequantised_weights_are_bitsandbytes_own(shape: tuple[int, int], dtype:
         assert torch.equal(nf4.dequantize(codes, state), dequantize_4bit(codes, state))
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "causal"), [(4, 4, 64, False), (8, 2, 128, True)])
+def test_our_attention_is_torchs_and_has_the_same_bits_each_time(heads: int, kv_heads: int, size: int, causal: bool) -> None:
+    from lorica.kernels import varlen
+
+    torch.manual_seed(0)
+    lengths = [5, 70, 0, 64, 1, 130, 700]
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+    q, k, v = (
+        torch.randn(sum(lengths), n, size, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (heads, kv_heads, kv_heads)
+    )
+    g = torch.randn_like(q)
+
+    def with_gradients(own: bool) -> tuple[torch.Tensor, ...]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(varlen, "LONGEST", 1000 if own else 0)
+            out = attention._varlen(q, k, v, ends, 700, causal, None, size**-0.5)
+        return out, *torch.autograd.grad(out, (q, k, v), g)
+
+    assert varlen.covers(q, 700, None)
+    ours = with_gradients(True)
+    assert all(map(torch.equal, ours, with_gradients(True)))
+    for x, y in zip(ours, with_gradients(False), strict=True):
+        assert (x - y).float().norm() < 5e-3 * y.float().norm()
+
+
 @pytest.mark.parametrize("resident", [False, True])
 def test_products_in_fp8_are_near_those_in_bf16(resident: bool) -> None:
     from bitsandbytes.nn import Linear4bit
@@ -127,7 +153,7 @@ WAYS = {
     "captured": [],
     "recomputed": ["trainer.gradient_checkpointing=2"],
     "offloaded": ["trainer.gradient_checkpointing=offload", "trainer.offload_embeddings=true"],
-    "resident": ["trainer.resident_weights=true"],
+    "dequantised for each use": ["trainer.resident_weights=false"],
     "fp8": ["trainer.fp8=true"],
     "dropout": ["model.lora.lora_dropout=0.1", "trainer.cuda_graphs=false"],
     "dropout captured": ["model.lora.lora_dropout=0.1"],

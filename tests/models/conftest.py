@@ -1,7 +1,6 @@
 """torch's variable-length attention needs a GPU: on a CPU its place is taken by plain attention, one sequence at a time."""
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -10,13 +9,15 @@ import torch.nn.functional as F
 from lorica.kernels import attention
 
 
-def _one_at_a_time(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int, **arguments: Any) -> torch.Tensor:
-    causal = bool({"is_causal", "window_size"} & set(arguments))
+def _one_at_a_time(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int, causal: bool, window: int | None, scale: float
+) -> torch.Tensor:
+    assert window is None
     bounds = ends.tolist()
     assert max(b - a for a, b in itertools.pairwise(bounds)) <= longest
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     parts = [
-        F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1) for x in (q, k, v)), is_causal=causal).transpose(0, 1)
+        F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1) for x in (q, k, v)), is_causal=causal, scale=scale).transpose(0, 1)
         for a, b in itertools.pairwise(bounds)
         if a < b
     ]

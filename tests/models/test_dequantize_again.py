@@ -1,4 +1,4 @@
-"""A compiled layer makes its 4-bit weights plain in forward and, where memory counts, again in backward."""
+"""A compiled layer makes its 4-bit weights plain in forward and again in backward, unless they are kept plain."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def _counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.slow
-def test_weights_are_kept_or_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_weights_are_made_plain_twice_or_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from bitsandbytes.nn import Linear4bit
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -40,8 +40,9 @@ def test_weights_are_kept_or_made_again(monkeypatch: pytest.MonkeyPatch, tmp_pat
     net(x).square().sum().backward()
     expected = [x.grad, *(p.grad for p in net.parameters() if p.requires_grad)]
     kept, recomputed = (torch.compile(f, dynamic=False, fullgraph=True) for f in (layers._forward, layers._forward_recomputed))
-    for forward, again, uses in ((kept, True, [0, 0, 1, 1]), (kept, False, [0, 0]), (recomputed, True, [0, 0, 0, 1, 1])):
-        frozen.dequantize_again(net, again)
+    for forward, resident, uses in ((kept, False, [0, 0, 1, 1]), (kept, True, []), (recomputed, False, [0, 0, 0, 1, 1])):
+        frozen.release(net)
+        frozen.prepare_layers(net, torch.float32, fp8=False, resident=resident)
         net.zero_grad()
         x.grad = None
         calls.clear()

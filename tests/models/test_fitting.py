@@ -109,6 +109,7 @@ def test_what_is_asked_for_is_so_many_layers(asked: Any, expected: tuple[int, bo
 
 def test_a_fit_is_told_in_words() -> None:
     assert str(Fit(12, 0, False, True, captured=True)) == "compiled, whole micro-steps captured as CUDA graphs, activations kept"
+    assert str(Fit(12, 0, False, True, resident=True)) == "compiled, 4-bit weights kept plain as well, activations kept"
     assert str(Fit(12, 5, False, False)) == "not compiled, 5 of 12 computed again in backward"
     assert str(Fit(12, 12, True, False)).endswith("every layer computed again in backward, its input in host memory meanwhile")
 

@@ -39,4 +39,8 @@ class AGNewsData(ClassificationData):
 
 def tidy(text: str) -> str:
     """HTML entities as characters, tags and the backslashes that stood for line breaks as spaces."""
-    return " ".join(_TAG.sub(" ", html.unescape(_BARE_ENTITY.sub(r"&\1", text))).replace("\\", " ").split())
+    if "&" in text or ";" in text:
+        text = html.unescape(_BARE_ENTITY.sub(r"&\1", text))
+    if "<" in text:
+        text = _TAG.sub(" ", text)
+    return " ".join(text.replace("\\", " ").split())

@@ -1,6 +1,6 @@
 """Attention through transformers' interface: variable-length for sequences laid end to end; dense with fast dropout on CPUs.
 
-For the first, by torch's own kernel, the model gets `cu_seq_lens_q` and `max_length_q` with its inputs (transformers' names), and no
+For the first, by our kernel or torch's own, the model gets `cu_seq_lens_q` and `max_length_q` with its inputs (transformers' names), and no
 mask is built. The second is what torch's scaled_dot_product_attention does on a CPU when there is dropout, with masks drawn faster.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lorica.kernels import dropout as fast_dropout
+from lorica.kernels import varlen
 
 VARLEN = "lorica_varlen"
 DENSE = "lorica_dense"
@@ -74,21 +75,27 @@ def varlen_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings leave fp32 where the weights are fp32
     causal = getattr(module, "is_causal", True)
-    arguments = dict(_CAUSAL) if causal else {}
-    if causal and sliding_window is not None and max_length_q > sliding_window:
-        arguments = {"window_size": (sliding_window - 1, 0)}
-    if q.shape[1] != k.shape[1]:
-        arguments |= _GROUPED
-    if scaling is not None and abs(scaling - q.shape[-1] ** -0.5) > 1e-6:
-        q = q * (scaling * q.shape[-1] ** 0.5)  # torch 2.11's kernel has no scale argument
-    return _varlen(q.contiguous(), k.contiguous(), v.contiguous(), cu_seq_lens_q, max_length_q, **arguments)[None], None
+    window = sliding_window if causal and sliding_window is not None and max_length_q > sliding_window else None
+    scale = scaling if scaling is not None else q.shape[-1] ** -0.5
+    return _varlen(q, k, v, cu_seq_lens_q, max_length_q, causal, window, scale)[None], None
 
 
-def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int, **arguments: Any) -> torch.Tensor:
-    """torch's kernel: [T, heads, D] each, sequences between `ends`."""
+def _varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int, causal: bool, window: int | None, scale: float
+) -> torch.Tensor:
+    """[T, heads, D] each, sequences between `ends`: by our own kernel or by torch's."""
+    if varlen.covers(q, longest, window):
+        return varlen.attention(q, k, v, ends, longest, causal, scale)
     from torch.nn.attention.varlen import varlen_attn
 
-    out = varlen_attn(q, k, v, ends, ends, longest, longest, **arguments)
+    arguments = dict(_CAUSAL) if causal else {}
+    if window is not None:
+        arguments = {"window_size": (window - 1, 0)}
+    if q.shape[1] != k.shape[1]:
+        arguments |= _GROUPED
+    if abs(scale - q.shape[-1] ** -0.5) > 1e-6:
+        q = q * (scale * q.shape[-1] ** 0.5)  # torch 2.11's kernel has no scale argument
+    out = varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), ends, ends, longest, longest, **arguments)
     assert isinstance(out, torch.Tensor)
     return out
 

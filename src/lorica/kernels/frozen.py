@@ -26,14 +26,12 @@ class Kept(NamedTuple):
     """How a weight is kept, besides its tensors.
 
     kind: plain (the weight), nf4 (what `nf4.dequantize_nf4` takes), bitsandbytes (nothing: its own object has it) or e4m3 (the weight and
-        its transpose, rounded). sizes: of nf4. fp8: two more tensors, the divisors of W's rows [out, 1] and columns [in, 1]. again: a
-        4-bit weight is made plain in forward and again in backward, where otherwise a compiler would keep it between them.
+        its transpose, rounded). sizes: of nf4. fp8: two more tensors, the divisors of W's rows [out, 1] and columns [in, 1].
     """
 
     kind: str
     sizes: nf4.Sizes | None
     fp8: bool
-    again: bool
 
 
 def covers(base: Any) -> bool:
@@ -44,24 +42,24 @@ def covers(base: Any) -> bool:
 def tensors(base: Any) -> tuple[Kept, tuple[torch.Tensor, ...]]:
     """How a layer's weight is kept, and the tensors that it is kept in."""
     scales = getattr(base, "lorica_scales", ())
-    fp8, again = len(scales) > 0, getattr(base, "lorica_again", True)
+    fp8 = len(scales) > 0
     if (rounded := getattr(base, "lorica_e4m3", None)) is not None:
-        return Kept("e4m3", None, True, again), (*rounded, *scales)
+        return Kept("e4m3", None, True), (*rounded, *scales)
     if (plain := getattr(base, "lorica_plain", None)) is not None:
-        return Kept("plain", None, False, again), (plain,)
+        return Kept("plain", None, False), (plain,)
     state = getattr(base.weight, "quant_state", None)
     if state is None:
-        return Kept("plain", None, fp8, again), (base.weight.detach(), *scales)
+        return Kept("plain", None, fp8), (base.weight.detach(), *scales)
     if nf4.covers(base.weight, state):
-        return Kept("nf4", nf4.sizes(state), fp8, again), (*nf4.tables(base.weight, state), *scales)
-    return Kept("bitsandbytes", None, fp8, again), scales
+        return Kept("nf4", nf4.sizes(state), fp8), (*nf4.tables(base.weight, state), *scales)
+    return Kept("bitsandbytes", None, fp8), scales
 
 
-def _plain(base: Any, kept: Kept, parts: tuple[torch.Tensor, ...], dtype: torch.dtype, use: int = 0) -> torch.Tensor:
-    """W [out, in]."""
+def _plain(base: Any, kept: Kept, parts: tuple[torch.Tensor, ...], dtype: torch.dtype, backward: bool = False) -> torch.Tensor:
+    """W [out, in]. backward: made once more there, so that a compiler does not keep it from forward."""
     if kept.kind == "nf4":
         assert kept.sizes is not None
-        plain: torch.Tensor = nf4.dequantize_nf4(*parts[: nf4.TABLES], *kept.sizes, use)
+        plain: torch.Tensor = nf4.dequantize_nf4(*parts[: nf4.TABLES], *kept.sizes, int(backward))
         return plain.to(dtype)
     if kept.kind == "bitsandbytes":
         return nf4.dequantize(base.weight.data, base.weight.quant_state).to(dtype)
@@ -83,7 +81,7 @@ def back_product(
     """g W + down up [tokens, in] of g [tokens, out], down [tokens, r], up [r, in]."""
     if kept.fp8:
         return _scaled(g, _e4m3(base, kept, parts, True), parts[-1], down, up)
-    return _product(g, _plain(base, kept, parts, g.dtype, use=int(kept.again)), down, up)
+    return _product(g, _plain(base, kept, parts, g.dtype, backward=True), down, up)
 
 
 def _product(x: torch.Tensor, w: torch.Tensor, down: torch.Tensor | None, up: torch.Tensor | None) -> torch.Tensor:
@@ -170,10 +168,11 @@ def prepare(base: Any, dtype: torch.dtype, fp8: bool, resident: bool) -> None:
         base.lorica_plain = w
 
 
-def dequantize_again(model: nn.Module, on: bool) -> None:
-    """Whether backward makes 4-bit weights plain again (see `Kept.again`): less memory, 5 ms more a step of Mistral-7B on an H200."""
-    for module in _bases(model):
-        module.lorica_again = on
+def release(model: nn.Module) -> None:
+    """Let go of what `prepare` let stay plain, or rounded."""
+    for base in _bases(model):
+        for name in ("lorica_plain", "lorica_e4m3"):
+            base.__dict__.pop(name, None)
 
 
 def plain_bytes(model: nn.Module) -> int:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-TILE_ELEMENTS = 1 << 25  # logits of a tile: 128 MiB in fp32
+TILE_ELEMENTS = 1 << 25  # logits of a tile in training: 128 MiB in fp32
+EVALUATION_ELEMENTS = 1 << 23  # in evaluation, which is not to take more memory than training
 
 
 def head_cross_entropy(
@@ -24,7 +25,7 @@ def head_cross_entropy(
     Args:
         hidden: [S, H], at the places whose next token is learnt. targets: int64 [S].
     """
-    rows = tile_rows(vocabulary)
+    rows = tile_rows(vocabulary) if torch.is_grad_enabled() else max(1, EVALUATION_ELEMENTS // vocabulary)
     if hidden.shape[0] <= rows:
         return _losses(head, hidden, targets)
     tiles = zip(hidden.split(rows), targets.split(rows), strict=True)
@@ -35,7 +36,7 @@ def head_cross_entropy(
 
 
 def tile_rows(vocabulary: int) -> int:
-    """Places of a tile."""
+    """Places of a tile in training."""
     return max(1, TILE_ELEMENTS // vocabulary)
 
 

@@ -49,6 +49,7 @@ class Fit:
     offload: bool
     compiled: bool
     captured: bool = False
+    resident: bool = False
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
@@ -56,6 +57,8 @@ class Fit:
         ways = ["compiled" if self.compiled else "not compiled"]
         if self.captured:
             ways.append("whole micro-steps captured as CUDA graphs")
+        if self.resident:
+            ways.append("4-bit weights kept plain as well")
         if self.recomputed == 0:
             ways.append("activations kept")
         elif self.recomputed == self.layers:
@@ -109,7 +112,7 @@ def prepare(module: LoricaModule, config: TrainConfig, machine: Machine) -> None
             "trainer.offload_embeddings=false",
         )
     if config.model.lora is not None:
-        frozen.prepare_layers(module.model, machine.compute_dtype, trainer.fp8, trainer.resident_weights)
+        frozen.prepare_layers(module.model, machine.compute_dtype, trainer.fp8, bool(trainer.resident_weights))
 
 
 def fit(
@@ -143,6 +146,9 @@ def fit(
         data.fill_batches()
     batches = [_on(device, batch) for batch in data.largest_batches()]
     fitting = Fitting(module, layers, batches, arithmetic)
+    lora = config.model.lora
+    if trainer.resident_weights is None and lora is not None and not lora.use_dora and lora.bias == "none":
+        fitting.keep_plain = partial(frozen.prepare_layers, module.model, machine.compute_dtype, trainer.fp8, True)
     name, _ = effective_name(str(config.optimizer.name), device)
     found = fitting.fit(asked, compiled, name)
     evaluation = _evaluation(fitting, data, device)
@@ -199,7 +205,12 @@ class Fitting:
     Args:
         batches: one for each size that training will meet, on the device, the largest last.
         arithmetic: a context for forwards (autocast), made anew for each use.
+
+    Attributes:
+        keep_plain: lets 4-bit weights stay plain, where that may be decided here.
     """
+
+    keep_plain: Callable[[], None] | None = None
 
     def __init__(
         self, module: LoricaModule, layers: Layers, batches: list[dict[str, Any]], arithmetic: Callable[[], AbstractContextManager[Any]]
@@ -228,8 +239,8 @@ class Fitting:
             self._forget()
             self._set(asked, optimizer)
         self._forget()
-        layers = self.layers
-        return Fit(len(layers), layers.recomputed, layers.offload, compiled, False, time.perf_counter() - begun, notes)
+        layers, seconds = self.layers, time.perf_counter() - begun
+        return Fit(len(layers), layers.recomputed, layers.offload, compiled, resident=self.resident, seconds=seconds, notes=notes)
 
     def _draws(self) -> bool:
         """Whether a micro-step draws random numbers, as the device's generator shows."""
@@ -249,26 +260,38 @@ class Fitting:
             held = self._hold(state_bytes(self.module, optimizer))
         except torch.cuda.OutOfMemoryError:
             raise self._too_large("beside the optimiser's state", "optimizer.name=adamw_8bit") from None
-        # compiled forwards may keep plain weights for backward: only where there is plenty of room, as when no activations have to go
-        plenty = self._free() > PLENTY * frozen.plain_bytes(self.module.model)
-        if asked is None:
-            frozen.dequantize_again(self.module.model, not plenty)
-            self._choose()
-            if plenty and self.layers.recomputed:
-                frozen.dequantize_again(self.module.model, True)
+        if not self._keeps_plain(asked):
+            if asked is None:
                 self._choose()
-        else:
-            self.layers.recomputed, self.layers.offload = amount(asked, len(self.layers))
-            frozen.dequantize_again(self.module.model, bool(self.layers.recomputed) or not plenty)
-            if not self._fits():
-                raise self._too_large("as asked", "trainer.gradient_checkpointing=null")
+            else:
+                self.layers.recomputed, self.layers.offload = amount(asked, len(self.layers))
+                if not self._fits():
+                    raise self._too_large("as asked", "trainer.gradient_checkpointing=null")
         torch.cuda.reset_peak_memory_stats()
         self.seconds = [self._timed(batch) for batch in self.batches]
         self.peak = torch.cuda.max_memory_allocated()
         del held
 
+    def _keeps_plain(self, asked: bool | int | str | None) -> bool:
+        """Let 4-bit weights stay plain, if that may be and there is plenty of room besides for all activations."""
+        plain = frozen.plain_bytes(self.module.model)
+        self.resident = not asked and self.keep_plain is not None and 0 < PLENTY * plain < self._free()
+        if self.resident:
+            assert self.keep_plain is not None
+            self.keep_plain()
+            self.layers.recomputed, self.layers.offload = 0, False
+            self.resident = self._fits() and torch.cuda.max_memory_allocated() < self._limit()
+            if not self.resident:
+                frozen.release(self.module.model)
+                self._forget()
+        return self.resident
+
     def _free(self) -> int:
         return memory_limit(self.module.device) - torch.cuda.memory_allocated(self.module.device)
+
+    def _limit(self) -> float:
+        """Bytes that may be taken when there is a choice."""
+        return memory_limit(self.module.device) * (1 - SPARE) - SPARE_BYTES
 
     def _choose(self) -> None:
         """Recompute as few layers as can be."""
@@ -279,8 +302,7 @@ class Fitting:
         layers.measuring = False
         if measured:
             more = max(1, layers.kept[len(layers) - 1] - layers.kept[0])  # for each layer that keeps its own
-            limit = memory_limit(self.module.device) * (1 - SPARE) - SPARE_BYTES
-            keep = 1 + int((limit - torch.cuda.max_memory_allocated()) // more)
+            keep = 1 + int((self._limit() - torch.cuda.max_memory_allocated()) // more)
             layers.recomputed = min(len(layers), max(0, len(layers) - keep))
             while not self._fits():
                 if layers.recomputed == len(layers):
