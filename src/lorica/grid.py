@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.config import ConfigError, NotApplicable, WandbLoggerConfig
-from lorica.runs import write_json
+from lorica.durable import write_json
 from lorica.screen import Screen
 from lorica.secrets import redact
 

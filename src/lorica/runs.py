@@ -1,4 +1,4 @@
-"""The run folder: what is in it, and how it is written (temporary name in the same folder, fsync, rename). No torch.
+"""The run folder: what is in it, where a run begins or goes on. No torch.
 
 config.yaml        resolved, secrets redacted       adapter/ or model/   the best weights, loadable without Lorica
 metrics.json       final figures; last to be written: its presence means the run is finished
@@ -13,65 +13,15 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lorica.config import ConfigError, TrainConfig
+from lorica.durable import write_text
 from lorica.secrets import redact, redact_tree
 
 TASK_FILE = "lorica.json"  # beside an adapter's or a model's weights: what it answers and how it is asked
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file at once: readers see the old text or the new, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_text` of JSON, NaN-free."""
-    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not (float("-inf") < value < float("inf")) else value
-
-
-@contextlib.contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, that takes the place of `folder` when all went well."""
-    temporary, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():  # a crash between the two renames
-        os.replace(old, folder)
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # some writers leave files that only their owner reads
-                with file.open("rb") as f:
-                    os.fsync(f.fileno())
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-    finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def choose_run_dir(config: TrainConfig) -> tuple[Path, Path | None]:

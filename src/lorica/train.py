@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lorica.config import ConfigError, TrainConfig
-from lorica.runs import checkpoint_step, choose_run_dir, last_checkpoint, point_latest, start_run, write_config, write_json, write_text
+from lorica.durable import write_json, write_text
+from lorica.runs import checkpoint_step, choose_run_dir, last_checkpoint, point_latest, start_run, write_config
 from lorica.screen import Screen, duration, quiet_libraries
 
 quiet_libraries()

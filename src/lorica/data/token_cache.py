@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import itertools
 import os
-import tempfile
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lorica import caches
+from lorica import caches, durable
 from lorica.data import encoding
 from lorica.data.encoding import Candidates, CausalEncoder, ClassifierEncoder, Encoded, Progress, Truncation, silent
 from lorica.data.examples import Example
@@ -203,23 +202,11 @@ def write(path: Path, arrays: Arrays) -> None:
     """Keep arrays, and remove the files used longest ago that are then too many. Nothing is kept where the folder can't be written."""
     if sum(one.nbytes for one in arrays.values()) > LIMIT:
         return
-    temporary: Path | None = None
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(suffix=".tmp", prefix=".", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(descriptor, "wb") as file:
+        with durable.replacing(path) as file:
             np.savez(file, checksum=_checksum(path.stem, arrays), **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        temporary = None
         _bound(path)
-    except OSError:
-        pass
-    finally:
-        if temporary is not None:
-            _drop(temporary)
 
 
 def _bound(newest: Path) -> None:

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 from lorica.config import TrainConfig
 from lorica.data.module import LoricaDataModule
+from lorica.durable import replaced_folder, write_json, write_text
 from lorica.models import adapters
 from lorica.models.base import Base
-from lorica.runs import TASK_FILE, replaced_folder, write_json, write_text
+from lorica.runs import TASK_FILE
 
 
 def save(folder: Path, config: TrainConfig, data: LoricaDataModule, base: Base, tokenizer: Any, model: Any) -> None:
