@@ -26,6 +26,7 @@ from lightning.pytorch.loggers import Logger  # noqa: E402
 
 from lorica import callbacks as cb  # noqa: E402
 from lorica import evaluation, hardware, launch, loggers, plots, summary  # noqa: E402
+from lorica.checkpoints import Checkpoints  # noqa: E402
 from lorica.data.module import Batching, LoricaDataModule  # noqa: E402
 from lorica.data.registry import build_data  # noqa: E402
 from lorica.data.report import data_report, report_markdown  # noqa: E402
@@ -116,7 +117,7 @@ def _resume(run: Run, state: dict[str, Any], data: LoricaDataModule, made_for: d
     Raises:
         ConfigError: the checkpoint is of another plan, or of a longer one.
     """
-    saved = state["callbacks"][cb.Checkpoints.__name__]
+    saved = state["callbacks"][Checkpoints.__name__]
     differing = [name for name, value in saved["made_for"].items() if made_for[name] != value]
     if differing:
         raise ConfigError(
@@ -143,7 +144,7 @@ def _train(run: Run) -> None:
     data = build_data(config.data, config.seed)
     data.load()
     state = torch.load(run.resume_from, weights_only=True, map_location="cpu") if run.resume_from is not None else None
-    began = state["callbacks"][cb.Checkpoints.__name__]["made_for"] if state is not None else {}
+    began = state["callbacks"][Checkpoints.__name__]["made_for"] if state is not None else {}
     machine = hardware.choose(config.trainer, began.get("a precision"))
     run.notes += machine.notes
     if config.trainer.fp8:
@@ -292,7 +293,7 @@ def _assemble(
         mode = "min" if keep.monitor.endswith("loss") else "max"
         parts.append(EarlyStopping(keep.monitor, patience=t.early_stopping_patience, mode=mode, check_on_train_epoch_end=False))
     validated = set(points).__contains__ if has_validation else lambda step: False
-    parts += [cb.Checkpoints(run.folder / "checkpoints", save_after, validated, made_for, throughput.pause), progress]
+    parts += [Checkpoints(run.folder / "checkpoints", save_after, validated, made_for, throughput.pause), progress]
     trainer = Trainer(
         accelerator=machine.accelerator,
         devices=machine.devices,
