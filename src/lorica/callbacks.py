@@ -181,6 +181,7 @@ class Evaluate(Callback):
         self.figures: dict[str, float] = {}
         self.confusion: list[list[int]] | None = None
         self.rows: dict[int, list[float]] = {}  # test row -> its labels' log-probabilities
+        self.at_step: int | None = None  # the step that figures are of, where nothing is left to train
 
     def _start(self, pl_module: LightningModule) -> None:
         if self.metrics is None:
@@ -223,7 +224,7 @@ class Evaluate(Callback):
         if prefix == "val":
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.figures.items()})
         for logger in trainer.loggers:
-            logger.log_metrics(self.figures, step=trainer.global_step)
+            logger.log_metrics(self.figures, step=trainer.global_step if self.at_step is None else self.at_step)
             logger.save()
 
 
@@ -240,6 +241,7 @@ class KeepBest(Callback):
         self.sign = -1.0 if monitor.endswith("loss") else 1.0
         self.best: float | None = None
         self.best_step = 0
+        self.at_step: int | None = None  # the step that is validated, where nothing is left to train
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "best_step": self.best_step}
@@ -248,11 +250,11 @@ class KeepBest(Callback):
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit" or self.monitor not in trainer.callback_metrics:
+        if (trainer.state.fn != "fit" and self.at_step is None) or self.monitor not in trainer.callback_metrics:
             return
         value = float(trainer.callback_metrics[self.monitor])
         if value == value and (self.best is None or self.sign * value > self.sign * self.best):
-            self.best, self.best_step = value, trainer.global_step
+            self.best, self.best_step = value, trainer.global_step if self.at_step is None else self.at_step
             if trainer.is_global_zero:
                 self.write()
 

@@ -271,6 +271,10 @@ class TrainerConfig:
     checkpoint_every_n_steps: int | None = key(
         None, "save the resumable state every so many optimiser steps; null: after every validation", unit="steps", low=1
     )
+    keep_checkpoints: int = key(2, "resumable states that stay: the newest, and those to fall back on should it be damaged", low=1)
+    max_skipped_steps: int = key(
+        10, "steps whose gradient is NaN or infinite are skipped and counted; stop after so many in a row", unit="steps", low=1
+    )
     early_stopping_patience: int | None = key(None, "stop after so many validations without a better result; null: never", low=1)
     log_every_n_steps: int = key(10, "Lightning: steps between two records of the training loss", unit="steps", low=1)
     deterministic: bool = key(False, "Lightning: only kernels that give the same bits each time")

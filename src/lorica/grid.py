@@ -22,6 +22,7 @@ from lorica.config import ConfigError, NotApplicable, WandbLoggerConfig
 from lorica.durable import write_json
 from lorica.screen import Screen
 from lorica.secrets import redact
+from lorica.signals import EXIT_CODE
 
 GRIDS = Path("outputs") / "grids"
 KEPT_LINES = 20  # of a failed run's stderr
@@ -72,9 +73,9 @@ def run_grid(overrides: Sequence[str], compose: Callable[[list[str]], Any], conf
         else:
             screen.print(f"[{number}/{len(cells)}] {cell.name}")
             code = _run_cell(cell, run_dir, folder.name, compose, config_dir)
-            if code == 130:
+            if code in (130, EXIT_CODE):
                 screen.print("interrupted; the same command goes on with the runs that are not done")
-                return 130
+                return code
         records.append(_record(cell, run_dir))
     write_json(folder / "grid.json", {"overrides": list(overrides), "cells": records})
     _table(screen, records)
@@ -151,7 +152,7 @@ def _run_cell(cell: Cell, run_dir: Path, group: str, compose: Callable[[list[str
         code, said = _call([sys.executable, "-m", "lorica", "train", *flags, *cell.overrides, *added], environment)
     except KeyboardInterrupt:
         return 130
-    if code:
+    if code and code != EXIT_CODE:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_json(run_dir / "failed.json", {"exit_code": code, "overrides": cell.overrides, "stderr": [redact(line) for line in said]})
     else:

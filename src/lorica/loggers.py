@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import netrc
 import os
@@ -11,43 +10,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 
 from lorica.config import ConfigError, TrainConfig, WandbLoggerConfig
+from lorica.durable import write_text
 from lorica.hub import reachable
+from lorica.metrics_log import MetricsLog
 from lorica.secrets import redact, redact_tree
 
 WANDB_HOST = "https://api.wandb.ai"
 
 
-def build_loggers(config: TrainConfig, run_dir: Path, resumed_step: int | None) -> tuple[list[Logger], str]:
-    """(the loggers, what to tell the user or "")."""
-    loggers: list[Logger] = [_csv(run_dir, resumed_step)]
+def build_loggers(config: TrainConfig, run_dir: Path, resumed: dict[str, Any] | None) -> tuple[list[Logger], list[str]]:
+    """(the loggers, metrics.csv's first; what to tell the user).
+
+    Args:
+        resumed: what a checkpoint says of the loggers: `log`, the place of metrics.csv, and `wandb_id`.
+    """
+    log = MetricsLog(run_dir / "metrics.csv", resumed["log"] if resumed is not None else None)
+    notes = [log.lost] if log.lost else []
     if not isinstance(config.logger, WandbLoggerConfig):
-        return loggers, ""
-    wandb_logger, note = _wandb(config, config.logger, run_dir)
-    return [*loggers, wandb_logger], note
-
-
-def _csv(run_dir: Path, resumed_step: int | None) -> CSVLogger:
-    """metrics.csv in the run folder. A resumed run goes on in the same file, after the rows up to the step it resumes from;
-    Lightning's writer would delete them."""
-    file = run_dir / "metrics.csv"
-    header: list[str] = []
-    kept: list[dict[str, str]] = []
-    if file.is_file() and resumed_step is not None:
-        with file.open(newline="") as f:
-            reader = csv.DictReader(f)
-            kept = [row for row in reader if int(float(row["step"])) <= resumed_step]
-            header = list(reader.fieldnames or [])
-    logger = CSVLogger(save_dir=str(run_dir), name="", version="", flush_logs_every_n_steps=10**9)
-    logger.experiment.metrics_keys = header
-    if kept:
-        with file.open("w", newline="") as f:
-            writer = csv.DictWriter(f, header)
-            writer.writeheader()
-            writer.writerows(kept)
-    return logger
+        return [log], notes
+    wandb_logger, note = _wandb(config, config.logger, run_dir, resumed["wandb_id"] if resumed is not None else None)
+    return [log, wandb_logger], [*notes, note]
 
 
 def has_wandb_key() -> bool:
@@ -80,7 +65,7 @@ def wandb_mode(asked: str) -> tuple[str, str]:
     return "offline", why
 
 
-def _wandb(config: TrainConfig, settings: WandbLoggerConfig, run_dir: Path) -> tuple[Logger, str]:
+def _wandb(config: TrainConfig, settings: WandbLoggerConfig, run_dir: Path, run_id: str | None) -> tuple[Logger, str]:
     mode, why = wandb_mode(settings.mode)
     sys.argv = [redact(a) for a in sys.argv]  # wandb records it
     try:
@@ -95,7 +80,7 @@ def _wandb(config: TrainConfig, settings: WandbLoggerConfig, run_dir: Path) -> t
             tags=redact_tree(settings.tags),
             save_dir=str(run_dir),
             offline=mode == "offline",
-            id=_run_id(run_dir),
+            id=run_id or wandb_id(run_dir),
             resume="allow" if mode == "online" else None,
             config=redact_tree(dataclasses.asdict(config)),
             settings=wandb.Settings(console="off", init_timeout=20, disable_git=True, save_code=False, silent=True),
@@ -109,12 +94,12 @@ def _wandb(config: TrainConfig, settings: WandbLoggerConfig, run_dir: Path) -> t
     return logger, note
 
 
-def _run_id(run_dir: Path) -> str:
+def wandb_id(run_dir: Path) -> str:
     """The run's W&B id, the same when it is resumed."""
     file = run_dir / ".hydra" / "wandb_id"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(secrets.token_hex(4))
+        write_text(file, secrets.token_hex(4))
     return file.read_text().strip()
 
 

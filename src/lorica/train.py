@@ -14,22 +14,24 @@ from typing import Any
 
 from lorica.config import ConfigError, TrainConfig
 from lorica.durable import write_json, write_text
-from lorica.runs import checkpoint_step, choose_run_dir, last_checkpoint, point_latest, start_run, write_config
+from lorica.runs import Held, begin, point_latest, write_config
 from lorica.screen import Screen, duration, quiet_libraries
+from lorica.signals import EXIT_CODE, Interrupted, Stop
+from lorica.states import last_state, step_of
 
 quiet_libraries()
 
-import torch  # noqa: E402  (after the libraries' noise is off)
 from lightning.pytorch import Callback, Trainer, seed_everything  # noqa: E402
 from lightning.pytorch.callbacks import EarlyStopping  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 
 from lorica import callbacks as cb  # noqa: E402
-from lorica import evaluation, hardware, launch, loggers, plots, summary  # noqa: E402
+from lorica import checkpoints, evaluation, fingerprint, hardware, launch, loggers, plots, summary  # noqa: E402
 from lorica.checkpoints import Checkpoints  # noqa: E402
 from lorica.data.module import Batching, LoricaDataModule  # noqa: E402
 from lorica.data.registry import build_data  # noqa: E402
 from lorica.data.report import data_report, report_markdown  # noqa: E402
+from lorica.metrics_log import MetricsLog  # noqa: E402
 from lorica.models import fitting, weights  # noqa: E402
 from lorica.models.causal_lm import CausalLMModule  # noqa: E402
 from lorica.models.loaded import Loaded, load  # noqa: E402
@@ -49,6 +51,7 @@ class Run:
     loggers: list[Logger]
     resume_from: Path | None
     main: bool
+    stop: Stop
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -61,71 +64,78 @@ def run(config: TrainConfig) -> int:
     """Train, evaluate and write the run folder.
 
     Returns:
-        0, or 1 when training failed (its traceback is in train.log).
+        0; 1 when training failed (its traceback is in train.log); 75 when it was asked to stop.
     Raises:
         ConfigError: data, model or hardware can't do what is asked; a folder that was made for the run by its time is removed again.
     """
     rank = launch.rank()
     main = rank == 0
-    chosen, state, existed = launch.decided_once(lambda: _start(config), config.trainer.accelerator, "LORICA_RUN")
-    folder, checkpoint = Path(chosen), Path(state) if state else None
-    screen = Screen(folder / "train.log", rank)
-    the_run = Run(config, folder, screen, [], checkpoint, main)
+    stop = Stop()
+    stop.listen()
+    held: list[Held] = []
+    the_run: Run | None = None
     try:
-        if main:
-            the_run.loggers, note = loggers.build_loggers(config, folder, checkpoint_step(checkpoint) if checkpoint else None)
-            the_run.notes += [note] if note else []
-        _train(the_run)
+        chosen, state, existed, notes = launch.decided_once(lambda: _begin(config, held), config.trainer.accelerator, "LORICA_RUN")
+        folder = Path(chosen)
+        the_run = Run(config, folder, Screen(folder / "train.log", rank), [], Path(state) if state else None, main, stop, notes)
+        return _guarded(the_run, existed)
+    except Interrupted as e:  # before there was a run
+        print(f"lorica: {e}: interrupted before any state was saved", file=sys.stderr)
+        return EXIT_CODE
+    finally:
+        stop.close()
+        if the_run is not None:
+            the_run.screen.close()
+        for one in held:
+            one.release()
+        os.environ.pop("LORICA_RUN", None)
+
+
+def _begin(config: TrainConfig, held: list[Held]) -> tuple[str, str | None, bool, list[str]]:
+    """(the run's folder, made; the checkpoint to go on from; whether the folder was there before; what to tell the user)."""
+    beginning = begin(config, sys.argv[1:])
+    held.append(beginning.held)
+    return str(beginning.folder), str(beginning.checkpoint) if beginning.checkpoint else None, beginning.existed, beginning.notes
+
+
+def _guarded(run: Run, existed: bool) -> int:
+    """Train; the exit code that says how it ended. What is the user's to mend is raised as it is."""
+    folder, screen = run.folder, run.screen
+    try:
+        _train(run)
+        return 0
     except ConfigError as e:
         screen.log(f"refused: {e}")
-        loggers.finish_wandb(the_run.loggers, folder, None, [], {}, failed=True)
-        screen.close()
-        if main and not existed and config.run_dir is None:
+        loggers.finish_wandb(run.loggers, folder, None, [], {}, failed=True)
+        if run.main and not existed and run.config.run_dir is None and last_state(folder) is None:
+            screen.close()
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
-        loggers.finish_wandb(the_run.loggers, folder, None, [], {}, failed=True)
-        saved = last_checkpoint(folder) is not None
-        screen.print(f"interrupted; go on with: python train.py resume={folder}" if saved else "interrupted before any state was saved")
-        return 130
+    except (Interrupted, KeyboardInterrupt, SystemExit) as e:
+        run.stop.ignore()
+        saved = last_state(folder)
+        where = f"saved at step {step_of(saved)}; go on with: python train.py resume={folder}" if saved else "before any state was saved"
+        screen.print(f"interrupted ({str(e) or type(e).__name__}), {where}")
+        loggers.finish_wandb(run.loggers, folder, None, [], {}, failed=True)
+        return EXIT_CODE
     except Exception as e:
         screen.fail(f"failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}", traceback.format_exc())
-        loggers.finish_wandb(the_run.loggers, folder, None, [], {}, failed=True)
+        loggers.finish_wandb(run.loggers, folder, None, [], {}, failed=True)
         if os.environ.get("LORICA_VERBOSE"):
             raise
         return 1
-    finally:
-        screen.close()
-        os.environ.pop("LORICA_RUN", None)
-    return 0
 
 
-def _start(config: TrainConfig) -> tuple[str, str | None, bool]:
-    """(the run's folder, made; the checkpoint to go on from; whether the folder was there before)."""
-    folder, checkpoint = choose_run_dir(config)
-    existed = folder.exists()
-    try:
-        folder = start_run(folder, config, sys.argv[1:])
-    except OSError as e:
-        raise ConfigError("run_dir", folder, f"can't be written ({e.strerror})", "run_dir=<a folder of yours>") from None
-    return str(folder), str(checkpoint) if checkpoint else None, existed
-
-
-def _resume(run: Run, state: dict[str, Any], data: LoricaDataModule, made_for: dict[str, str]) -> None:
+def _resume(run: Run, state: dict[str, Any], data: LoricaDataModule, found: dict[str, str]) -> None:
     """Where training goes on.
 
     Raises:
-        ConfigError: the checkpoint is of another plan, or of a longer one.
+        ConfigError: the checkpoint is of other data or another plan, or of a longer one.
     """
     saved = state["callbacks"][Checkpoints.__name__]
-    differing = [name for name, value in saved["made_for"].items() if made_for[name] != value]
-    if differing:
-        raise ConfigError(
-            "resume",
-            run.folder,
-            f"the run was started with {' and '.join(differing)} that differ from now: it can't go on to the same weights",
-            f"resume={run.folder} with nothing else, or a new run",
-        )
+    fingerprint.check_same(run.folder, saved["made_for"]["found"], found)
+    if changed := fingerprint.differences(saved["made_for"]["versions"], fingerprint.versions()):
+        run.notes.append(f"other versions than the run began with: the same bits are not promised: {'; '.join(changed)}")
     data.resume_at = int(state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"])
     if data.resume_at > len(data.plan):
         raise ConfigError(
@@ -141,11 +151,19 @@ def _resume(run: Run, state: dict[str, Any], data: LoricaDataModule, made_for: d
 def _train(run: Run) -> None:
     config, screen, started = run.config, run.screen, time.perf_counter()
     seed_everything(config.seed, workers=True, verbose=False)
+    state = checkpoints.load(run.resume_from) if run.resume_from is not None else None
+    saved = state["callbacks"][Checkpoints.__name__] if state is not None else None
+    asked = fingerprint.of_configuration(config)
+    began: dict[str, str] = {}
+    if saved is not None:
+        fingerprint.check_same(run.folder, saved["made_for"]["configuration"], asked)
+        began = saved["made_for"]["found"]
+    if run.main:
+        run.loggers, notes = loggers.build_loggers(config, run.folder, saved)
+        run.notes += notes
     data = build_data(config.data, config.seed)
     data.load()
-    state = torch.load(run.resume_from, weights_only=True, map_location="cpu") if run.resume_from is not None else None
-    began = state["callbacks"][Checkpoints.__name__]["made_for"] if state is not None else {}
-    machine = hardware.choose(config.trainer, began.get("a precision"))
+    machine = hardware.choose(config.trainer, began.get("precision"))
     run.notes += machine.notes
     if config.trainer.fp8:
         hardware.check_fp8(machine)
@@ -159,20 +177,19 @@ def _train(run: Run) -> None:
         report = data_report(data)
         write_json(run.folder / "data_report.json", report)
         write_text(run.folder / "data_report.md", report_markdown(report))
-    before = began["compiled layers"] == "yes" if "compiled layers" in began else None
+    before = began["compiled layers"] == "yes" if began else None
     compiled = fitting.compiles(config.trainer.compile, before, loaded, machine.device, len(data.plan))
+    base = fingerprint.of_base(loaded.base.path, loaded.base.revision)
     made_for = {
-        "rows, a seed, batches or devices": data.plan.fingerprint(),
-        "a kind of device": machine.device.type,
-        "a precision": machine.precision,
-        "FP8": "yes" if config.trainer.fp8 else "no",
-        "compiled layers": "yes" if compiled else "no",
+        "configuration": asked,
+        "found": {**fingerprint.of_data(data), **fingerprint.of_machine(machine, compiled, base)},
+        "versions": fingerprint.versions(),
     }
     if state is not None:
-        _resume(run, state, data, made_for)
+        _resume(run, state, data, made_for["found"])
         if run.main:
             write_config(run.folder, config, sys.argv[1:])
-    module, trainer, parts = _assemble(run, data, loaded, machine, made_for)
+    module, trainer, parts = _assemble(run, data, loaded, machine, made_for, saved)
     _announce(run, data, loaded, machine)
     if run.main:
         point_latest(run.folder)
@@ -187,13 +204,14 @@ def _train(run: Run) -> None:
         hardware.reset_peak_memory()
         parts.throughput.first_step_after = time.perf_counter() - started
         trainer.fit(module, datamodule=data, ckpt_path=str(run.resume_from) if run.resume_from else None, weights_only=True)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
-    else:  # all was trained before, and only the test is missing
+    else:  # all was trained before, and only the test is missing, or the last validation too
         module.load_state_dict(state["state_dict"])
         for part in (parts.throughput, parts.keep):
             if part.state_key in state["callbacks"]:
                 part.load_state_dict(state["callbacks"][part.state_key])
+        parts.evaluate.at_step = parts.keep.at_step = int(state["global_step"])
+        if saved is not None and saved["pending"]:
+            trainer.validate(module, datamodule=data, verbose=False)
     del state
     figures = parts.throughput.figures(trainer)
     if parts.keep.best is None and run.main:
@@ -259,7 +277,12 @@ class Parts:
 
 
 def _assemble(
-    run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine, made_for: dict[str, str]
+    run: Run,
+    data: LoricaDataModule,
+    loaded: Loaded,
+    machine: hardware.Machine,
+    made_for: dict[str, Any],
+    resumed: dict[str, Any] | None,
 ) -> tuple[LoricaModule, Trainer, Parts]:
     config, t, plan = run.config, run.config.trainer, data.plan
     cls = CausalLMModule if config.model.task == "causal_lm" else SequenceClassifierModule
@@ -293,7 +316,21 @@ def _assemble(
         mode = "min" if keep.monitor.endswith("loss") else "max"
         parts.append(EarlyStopping(keep.monitor, patience=t.early_stopping_patience, mode=mode, check_on_train_epoch_end=False))
     validated = set(points).__contains__ if has_validation else lambda step: False
-    parts += [Checkpoints(run.folder / "checkpoints", save_after, validated, made_for, throughput.pause), progress]
+    log = run.loggers[0] if run.loggers else None
+    assert log is None or isinstance(log, MetricsLog)
+    parts += [
+        Checkpoints(
+            run.folder,
+            checkpoints.When(save_after, validated, t.keep_checkpoints),
+            made_for,
+            throughput.pause,
+            run.stop,
+            log,
+            loggers.wandb_id(run.folder) if len(run.loggers) > 1 else None,
+            resumed,
+        ),
+        progress,
+    ]
     trainer = Trainer(
         accelerator=machine.accelerator,
         devices=machine.devices,
@@ -315,6 +352,7 @@ def _assemble(
         enable_checkpointing=False,
         use_distributed_sampler=False,
         default_root_dir=str(run.folder),
+        plugins=[checkpoints.DurableIO()],
     )
     return module, trainer, Parts(throughput, evaluate, keep)
 

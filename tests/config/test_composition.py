@@ -521,7 +521,7 @@ def test_the_program_without_a_verb_lists_the_verbs(capsys: pytest.CaptureFixtur
     [
         ("train.py model=rob", "model=roberta_full model=roberta_lora model=roberta_qlora"),
         ("train.py see", "seed="),
-        ("train.py data=sentiment trainer.max_", "trainer.max_epochs= trainer.max_steps="),
+        ("train.py data=sentiment trainer.max_", "trainer.max_epochs= trainer.max_skipped_steps= trainer.max_steps="),
         ("train.py logger=wandb logger.pro", "logger.project="),
         ("predict.py te", "text= text_column="),
     ],

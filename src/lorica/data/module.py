@@ -23,6 +23,7 @@ from lorica.data.examples import SPLITS, Example, Splits, split_examples
 from lorica.data.readers import SAMPLES, Row, check_columns, read_hub, read_rows, split_files
 from lorica.data.shapes import Shape, shapes
 from lorica.data.token_cache import TokenCache
+from lorica.signals import in_worker
 
 SHOWN_FAULTS = 3
 
@@ -238,7 +239,12 @@ class LoricaDataModule(LightningDataModule):
         """Micro-steps `resume_at` to the end of the plan, of this rank."""
         dataset = _Planned(self.plan, self.batching.rank, self._collate_train)
         return DataLoader(
-            dataset, batch_size=None, sampler=_From(self), num_workers=self.config.num_workers, pin_memory=torch.cuda.is_available()
+            dataset,
+            batch_size=None,
+            sampler=_From(self),
+            num_workers=self.config.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=in_worker,
         )
 
     def _collate_train(self, rows: Sequence[int], window_supervised: int, epoch: int) -> dict[str, Any]:

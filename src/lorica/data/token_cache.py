@@ -176,6 +176,14 @@ def _checksum(key: str, arrays: Arrays) -> np.ndarray[Any, Any]:
     return np.frombuffer(digest.digest(), np.uint8)
 
 
+def content_hash(rows: Sequence[Encoded] | Sequence[Candidates]) -> str:
+    """Equal for rows that are the same to a model, in the same order."""
+    if not rows:
+        return ""
+    arrays = _pack_candidates(rows) if isinstance(rows[0], Candidates) else _pack_rows(rows)  # type: ignore[arg-type]
+    return hashlib.sha256(_checksum("rows", arrays).tobytes()).hexdigest()
+
+
 def read(path: Path) -> Arrays | None:
     """What `write` was given; None where there is no file. A damaged one is removed."""
     try:

@@ -99,13 +99,26 @@ class LoricaModule(LightningModule):
 
     def read_loss(self) -> float:
         """Mean loss a supervised token since the last reading, over all ranks. Waits for the device."""
-        assert self.loss_account is not None
-        precise = torch.float32 if self.device.type == "mps" else torch.float64  # Apple GPUs have no fp64
-        both = torch.stack([self.loss_account.to(precise), torch.tensor(float(self.supervised_account), device=self.device, dtype=precise)])
-        both = self.trainer.strategy.reduce(both, reduce_op="sum")
+        total, supervised = self._accounts()
         self.loss_account, self.supervised_account = None, 0
-        total, supervised = both.tolist()
         return float(total / max(1.0, supervised))
+
+    def _accounts(self) -> list[float]:
+        """(summed loss, supervised tokens) since the last reading, over all ranks."""
+        precise = torch.float32 if self.device.type == "mps" else torch.float64  # Apple GPUs have no fp64
+        total = self.loss_account if self.loss_account is not None else torch.zeros((), device=self.device)
+        both = torch.stack([total.to(precise), torch.tensor(float(self.supervised_account), device=self.device, dtype=precise)])
+        summed: list[float] = self.trainer.strategy.reduce(both, reduce_op="sum").tolist()  # type: ignore[union-attr]
+        return summed
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The loss since the last record goes with the state, so that the next record is of the same steps; of all ranks."""
+        checkpoint["loss_account"] = self._accounts()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        total, supervised = checkpoint["loss_account"]
+        if supervised and self.trainer.is_global_zero:
+            self.loss_account, self.supervised_account = torch.tensor(total, dtype=torch.float32, device=self.device), int(supervised)
 
     def on_train_end(self) -> None:
         """Let go of captured steps and their memory."""
