@@ -153,8 +153,6 @@ class RecordLoss(Callback):
         self.last_logged = step
         assert isinstance(pl_module, LoricaModule)
         loss = pl_module.read_loss()
-        if loss != loss or abs(loss) == float("inf"):
-            raise FloatingPointError(f"the training loss is {loss} at step {step}")
         self.history.append((step, loss))
         figures = {"train/loss": loss, "train/lr": self._lr, "train/epoch": self.epoch_at(step)}
         now = self.throughput.elapsed()
@@ -165,6 +163,33 @@ class RecordLoss(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=step)
             logger.save()
+
+
+class SkippedSteps(Callback):
+    """Says which steps were skipped because their gradient was no number, and of which rows they were; ends the run after too many.
+
+    On a CPU each step is looked at; elsewhere every `every` steps, since looking waits for the device.
+
+    Args:
+        most: in a row. rows_of: where the rows of an optimiser step come from. note: tells the user.
+    """
+
+    def __init__(self, most: int, every: int, rows_of: Callable[[int], str], note: Callable[[str], None]) -> None:
+        self.most, self.every, self.rows_of, self.note = most, every, rows_of, note
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert isinstance(pl_module, LoricaModule)
+        step = trainer.global_step
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or (pl_module.device.type != "cpu" and step % self.every):
+            return
+        skipping = pl_module.skipping
+        for bad in skipping.read():
+            self.note(f"step {bad} was skipped: its gradient is NaN or infinite; rows {self.rows_of(bad)}")
+        if skipping.in_a_row >= self.most:
+            raise FloatingPointError(
+                f"trainer.max_skipped_steps={self.most}: so many steps in a row, up to step {step}, had a gradient that is NaN or "
+                f"infinite; the last were rows {self.rows_of(step)}. Try a smaller optimizer.lr or trainer.precision=32-true"
+            )
 
 
 class Evaluate(Callback):

@@ -209,6 +209,7 @@ def _train(run: Run) -> None:
         for part in (parts.throughput, parts.keep):
             if part.state_key in state["callbacks"]:
                 part.load_state_dict(state["callbacks"][part.state_key])
+        module.skipping.load_state_dict(state["skipped_steps"])
         parts.evaluate.at_step = parts.keep.at_step = int(state["global_step"])
         if saved is not None and saved["pending"]:
             trainer.validate(module, datamodule=data, verbose=False)
@@ -224,6 +225,7 @@ def _train(run: Run) -> None:
     if not predictions:
         screen.note("there are no test rows")
     figures |= figures_of_test
+    figures["train/skipped_steps"] = float(module.skipping.skipped)
     figures["memory/peak_gib"] = hardware.peak_memory_gib(machine.device)
     figures["time/total_seconds"] = time.perf_counter() - started
     _finish(run, data, parts, figures, predictions)
@@ -302,7 +304,8 @@ def _assemble(
     every = t.checkpoint_every_n_steps
     save_after = (lambda step: step % every == 0 or step == plan.steps) if every else set(points).__contains__
     progress = cb.ShowProgress(run.screen, record, plan.steps, t.enable_progress_bar)
-    parts: list[Callback] = [throughput, cb.SeedSteps(config.seed), record, evaluate]
+    skipped = cb.SkippedSteps(t.max_skipped_steps, t.log_every_n_steps, data.rows_of_step, run.screen.note)
+    parts: list[Callback] = [throughput, cb.SeedSteps(config.seed), skipped, record, evaluate]
     if has_validation:
         parts += [cb.ValidationPoints(points, t.accumulate_grad_batches), keep]
     if t.early_stopping_patience is not None:
