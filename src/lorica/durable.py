@@ -98,6 +98,21 @@ def out_of_room(error: BaseException) -> bool:
     return not isinstance(error, DiskFull) and (getattr(error, "errno", None) in NO_ROOM or os.strerror(errno.ENOSPC) in str(error))
 
 
+def append(path: Path, text: str) -> None:
+    """Add lines to a file that is no more than a log: what a crash tears off is cut away by whoever goes on.
+
+    Raises:
+        DiskFull: they don't fit.
+    """
+    try:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            file.write(text)
+    except OSError as e:
+        if out_of_room(e):
+            raise DiskFull(path, len(text), free_bytes(path.parent)) from e
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file at once: readers see the old text or the new, also after a crash."""
     content = text.encode("utf-8")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import netrc
 import os
 import secrets
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,16 @@ from lightning.pytorch.loggers import Logger
 
 from lorica.config import ConfigError, TrainConfig, WandbLoggerConfig
 from lorica.durable import write_text
-from lorica.hub import reachable
+from lorica.hub import answers
 from lorica.metrics_log import MetricsLog
 from lorica.secrets import redact, redact_tree
 
 WANDB_HOST = "https://api.wandb.ai"
+ANSWER_SECONDS = 2.0
+INIT_SECONDS = 3.0
+
+_given_up: list[str] = []  # W&B runs of this process that could not be closed
+FINISH_SECONDS = 2.0  # between two looks whether an upload can still end
 
 
 def build_loggers(config: TrainConfig, run_dir: Path, resumed: dict[str, Any] | None) -> tuple[list[Logger], list[str]]:
@@ -46,8 +53,13 @@ def has_wandb_key() -> bool:
         return False
 
 
+def wandb_answers() -> bool:
+    """Whether W&B can be asked anything, found out within 2 s."""
+    return answers(os.environ.get("WANDB_BASE_URL", WANDB_HOST), ANSWER_SECONDS)
+
+
 def wandb_mode(asked: str) -> tuple[str, str]:
-    """(online or offline, why it is offline or ""). Found out within 4 s.
+    """(online or offline, why it is offline or ""). Found out within 2 s.
 
     Raises:
         ConfigError: online was asked for and can't be had.
@@ -56,8 +68,8 @@ def wandb_mode(asked: str) -> tuple[str, str]:
         return "offline", ""
     if not has_wandb_key():
         why = "no W&B key (WANDB_API_KEY, or `wandb login`)"
-    elif not reachable(os.environ.get("WANDB_BASE_URL", WANDB_HOST)):
-        why = "W&B can't be reached"
+    elif not wandb_answers():
+        why = "W&B does not answer"
     else:
         return "online", ""
     if asked == "online":
@@ -70,8 +82,11 @@ def _wandb(config: TrainConfig, settings: WandbLoggerConfig, run_dir: Path, run_
     sys.argv = [redact(a) for a in sys.argv]  # wandb records it
     try:
         import wandb
-        from lightning.pytorch.loggers import WandbLogger
+    except ImportError:
+        raise ConfigError("logger", "wandb", "the package wandb is not installed", "pip install wandb") from None
+    from lightning.pytorch.loggers import WandbLogger
 
+    def open_as(mode: str) -> Logger:
         logger = WandbLogger(
             project=redact(settings.project),
             name=redact(settings.run_name or run_dir.name),
@@ -83,11 +98,18 @@ def _wandb(config: TrainConfig, settings: WandbLoggerConfig, run_dir: Path, run_
             id=run_id or wandb_id(run_dir),
             resume="allow" if mode == "online" else None,
             config=redact_tree(dataclasses.asdict(config)),
-            settings=wandb.Settings(console="off", init_timeout=20, disable_git=True, save_code=False, silent=True),
+            settings=wandb.Settings(console="off", init_timeout=INIT_SECONDS, disable_git=True, save_code=False, silent=True),
         )
         _ = logger.experiment
-    except ImportError:
-        raise ConfigError("logger", "wandb", "the package wandb is not installed", "pip install wandb") from None
+        return logger
+
+    try:
+        logger = open_as(mode)
+    except wandb.errors.Error as e:
+        if mode == "offline" or settings.mode == "online":
+            raise ConfigError("logger.mode", settings.mode, str(e).splitlines()[0], "logger.mode=offline") from None
+        mode, why = "offline", f"{type(e).__name__} when the run was begun"
+        logger = open_as(mode)
     note = (
         f"W&B is offline: {why}; later: wandb sync {run_dir}/wandb/offline-run-*" if why else f"W&B is {mode}, project {settings.project}"
     )
@@ -105,8 +127,9 @@ def wandb_id(run_dir: Path) -> str:
 
 def finish_wandb(
     loggers: list[Logger], run_dir: Path, weights: Path | None, predictions: list[dict[str, Any]], figures: dict[str, float], failed: bool
-) -> None:
-    """Final figures, a table of predictions, the weights as an artifact; then close the W&B run."""
+) -> str:
+    """Final figures, a table of predictions, the weights as an artifact; then close the W&B run. What to tell the user, or ""."""
+    lost = ""
     for logger in loggers:
         if type(logger).__name__ != "WandbLogger":
             continue
@@ -132,4 +155,31 @@ def finish_wandb(
                 artifact = wandb.Artifact(f"{run_dir.parent.name}-{run.id}".replace("/", "-"), type="model")
                 artifact.add_dir(str(weights))
                 run.log_artifact(artifact)
-        run.finish(exit_code=1 if failed else 0)
+        if not _finish(run, 1 if failed else 0):
+            lost = f"W&B does not answer any more; nothing is lost: wandb sync {run_dir}/wandb/run-*-{run.id}"
+    return lost
+
+
+def _finish(run: Any, exit_code: int) -> bool:
+    """Close a W&B run, waiting for its uploads as long as W&B answers; whether it was closed."""
+    thread = threading.Thread(target=run.finish, kwargs={"exit_code": exit_code}, daemon=True)
+    thread.start()
+    thread.join(FINISH_SECONDS)
+    while thread.is_alive():
+        if not run.settings._offline and not wandb_answers():
+            _given_up.append(run.id)
+            return False
+        thread.join(FINISH_SECONDS)
+    return True
+
+
+def leave(code: int) -> None:
+    """End this process at once where W&B was given up: wandb's exit hooks would wait for it; all they would send is on the disk."""
+    if _given_up:
+        import wandb
+
+        with contextlib.suppress(AttributeError):  # a version that keeps its own process elsewhere: it ends with ours, later
+            wandb.setup()._connection._proc._process.kill()  # type: ignore[union-attr]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -56,8 +56,7 @@ class MetricsLog(Logger):
             self.keys = sorted([*self.keys, *new])
             durable.write_text(self.path, self._text())
             return
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            file.write(self._lines(self.rows[-1:]))
+        durable.append(self.path, self._lines(self.rows[-1:]))
 
     def position(self) -> dict[str, Any]:
         """Where the log is now, with all before it on the disk."""

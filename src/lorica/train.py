@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def _guarded(run: Run, existed: bool) -> int:
         return 0
     except ConfigError as e:
         screen.log(f"refused: {e}")
-        loggers.finish_wandb(run.loggers, folder, None, [], {}, failed=True)
+        _close_loggers(run)
         if run.main and not existed and run.config.run_dir is None and last_state(folder) is None:
             screen.close()
             shutil.rmtree(folder, ignore_errors=True)
@@ -116,14 +117,21 @@ def _guarded(run: Run, existed: bool) -> int:
         saved = last_state(folder)
         where = f"saved at step {step_of(saved)}; go on with: python train.py resume={folder}" if saved else "before any state was saved"
         screen.print(f"interrupted ({str(e) or type(e).__name__}), {where}")
-        loggers.finish_wandb(run.loggers, folder, None, [], {}, failed=True)
+        _close_loggers(run)
         return EXIT_CODE
     except Exception as e:
         screen.fail(f"failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}", traceback.format_exc())
-        loggers.finish_wandb(run.loggers, folder, None, [], {}, failed=True)
+        _close_loggers(run)
         if os.environ.get("LORICA_VERBOSE"):
             raise
         return 1
+
+
+def _close_loggers(run: Run, predictions: Sequence[dict[str, Any]] = (), figures: dict[str, float] | None = None) -> None:
+    """Close W&B's run; without figures the run failed."""
+    upload = run.weights if figures is not None and getattr(run.config.logger, "log_model", False) else None
+    if said := loggers.finish_wandb(run.loggers, run.folder, upload, list(predictions), figures or {}, failed=figures is None):
+        run.screen.note(said)
 
 
 def _resume(run: Run, state: dict[str, Any], data: LoricaDataModule, found: dict[str, str]) -> None:
@@ -379,7 +387,5 @@ def _finish(run: Run, data: LoricaDataModule, parts: Parts, figures: dict[str, f
     plots.draw_curves(folder / "metrics.csv", folder / "curves.png", parts.keep.monitor, parts.keep.best_step)
     if parts.evaluate.confusion is not None and data.labels is not None and predictions:
         plots.draw_confusion(parts.evaluate.confusion, data.labels, folder / "confusion.png")
-    loggers.finish_wandb(
-        run.loggers, folder, run.weights if getattr(run.config.logger, "log_model", False) else None, predictions, figures, failed=False
-    )
+    _close_loggers(run, predictions, figures)
     write_json(folder / "metrics.json", figures)
