@@ -22,7 +22,11 @@ class SeedSteps(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        seed = ((self.seed * 1_000_003 + batch_idx) * 65_537 + trainer.global_rank) % (1 << 63)
+        self.set(trainer, pl_module, batch_idx)
+
+    def set(self, trainer: Trainer, pl_module: LightningModule, micro_step: int) -> None:
+        """Seed the generators of a micro-step."""
+        seed = ((self.seed * 1_000_003 + micro_step) * 65_537 + trainer.global_rank) % (1 << 63)
         # not torch.manual_seed, which queues the seed with a formatted stack for every kind of device that is not in use: milliseconds
         torch.default_generator.manual_seed(seed)
         if pl_module.device.type in ("cuda", "mps"):

@@ -275,6 +275,11 @@ class TrainerConfig:
     max_skipped_steps: int = key(
         10, "steps whose gradient is NaN or infinite are skipped and counted; stop after so many in a row", unit="steps", low=1
     )
+    on_oom: str = key(
+        "stop",
+        "when a micro-batch does not fit into the GPU's memory: stop and say what to set, or halve it and go on with the same loss (one device, not in 16-mixed)",
+        choices=("stop", "halve"),
+    )
     early_stopping_patience: int | None = key(None, "stop after so many validations without a better result; null: never", low=1)
     log_every_n_steps: int = key(10, "Lightning: steps between two records of the training loss", unit="steps", low=1)
     deterministic: bool = key(False, "Lightning: only kernels that give the same bits each time")

@@ -22,12 +22,13 @@ from lorica.states import last_state, step_of
 
 quiet_libraries()
 
+import torch  # noqa: E402
 from lightning.pytorch import Callback, Trainer, seed_everything  # noqa: E402
 from lightning.pytorch.callbacks import EarlyStopping  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 
 from lorica import callbacks as cb  # noqa: E402
-from lorica import checkpoints, evaluation, fingerprint, hardware, launch, loggers, plots, summary  # noqa: E402
+from lorica import checkpoints, evaluation, fingerprint, hardware, launch, loggers, oom, plots, summary  # noqa: E402
 from lorica.checkpoints import Checkpoints  # noqa: E402
 from lorica.data.module import Batching, LoricaDataModule  # noqa: E402
 from lorica.data.registry import build_data  # noqa: E402
@@ -119,6 +120,10 @@ def _guarded(run: Run, existed: bool) -> int:
         screen.print(f"interrupted ({str(e) or type(e).__name__}), {where}")
         _close_loggers(run)
         return EXIT_CODE
+    except torch.OutOfMemoryError:
+        screen.fail(f"failed: out of memory; the same loss with less: {oom.remedy(run.config)}", traceback.format_exc())
+        _close_loggers(run)
+        return 1
     except Exception as e:
         screen.fail(f"failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}", traceback.format_exc())
         _close_loggers(run)
@@ -203,8 +208,9 @@ def _train(run: Run) -> None:
         point_latest(run.folder)
     fitting.prepare(module, config, machine)
     if state is None or data.resume_at < len(data.plan):
-        arithmetic = trainer.precision_plugin.train_step_context
-        found = fitting.fit(module, loaded.layers, data, machine, config, compiled, arithmetic, screen.note)
+        if config.trainer.on_oom == "halve":
+            oom.split_where_needed(module, loaded.layers, data, machine, config, trainer, screen.note, state["parts"] if state else 1)
+        found = oom.fit(module, loaded.layers, data, machine, config, compiled, trainer, screen.note)
         if found.seconds or found.recomputed:
             screen.print(f"  layers     {found}; tried in {duration(found.seconds)}")
         for note in found.notes:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from lorica import callbacks, durable, states
 from lorica.checkpoints import tensors
+from lorica.models.causal_lm import CausalLMModule
 from lorica.models.sequence_classifier import SequenceClassifierModule
 
 Lorica = Callable[..., tuple[int, str]]
@@ -139,6 +140,44 @@ def test_a_disk_that_fills_up_on_the_way_leaves_nothing_half_written(tmp_path: P
         (new / "half").write_bytes(b"x")
         raise RuntimeError(f"I/O error: {os.strerror(errno.ENOSPC)} (os error 28)")  # as safetensors says it
     assert sorted(f.name for f in tmp_path.rglob("*")) == ["file", "folder", "old"]
+
+
+# ----------------------------------------------------------------------------------------------------------- out of memory
+
+
+def room_for(monkeypatch: pytest.MonkeyPatch, kind: type, rows: int, after: int) -> None:
+    """A GPU that holds so many rows of a micro-batch, once so many micro-batches have been run."""
+    inner, calls = kind.loss_sum, [0]  # type: ignore[attr-defined]
+
+    def loss_sum(self: Any, batch: Any) -> torch.Tensor:
+        calls[0] += 1
+        loss: torch.Tensor = inner(self, batch)
+        if calls[0] > after and batch["input_ids"].shape[0] > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return loss
+
+    monkeypatch.setattr(kind, "loss_sum", loss_sum)
+
+
+def test_out_of_memory_ends_in_one_line_with_the_remedy(tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch) -> None:
+    room_for(monkeypatch, SequenceClassifierModule, rows=3, after=2)
+    code, printed = lorica("train", *SHORT, *EVERY, f"run_dir={tmp_path / 'run'}")
+    assert code == 1 and "failed: out of memory; the same loss with less: trainer.on_oom=halve" in printed, printed
+    assert states.step_of(states.last_state(tmp_path / "run") or Path()) == 2
+
+
+def test_halved_micro_batches_train_the_same(tmp_path: Path, tiny_mistral: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Met in the middle of a window: its first micro-batch is run again too. SGD, whose update is as the gradient is."""
+    model = ("model=tiny_mistral_qlora", f"model.base={tiny_mistral}", "data=sentiment", "trainer.tokens_per_batch=null")
+    plan = (*model, "trainer.accumulate_grad_batches=2", "optimizer.name=sgd", "optimizer.lr=0.5")
+    train(tmp_path / "whole", *plan)
+    room_for(monkeypatch, CausalLMModule, rows=1, after=3)
+    code, printed = lorica("train", *SHORT, *EVERY, *plan, "trainer.on_oom=halve", f"run_dir={tmp_path / 'run'}")
+    assert code == 0 and "out of memory at step 2: micro-batches are run in 4 parts from here on" in " ".join(printed.split()), printed
+    for name, value in adapter(tmp_path / "whole").items():
+        assert (adapter(tmp_path / "run")[name] - value).norm() <= 1e-4 * value.norm() + 1e-7, name
+    for ours, theirs in zip(log_of(tmp_path / "run"), log_of(tmp_path / "whole"), strict=True):
+        assert float(ours["train/loss"] or 0) == pytest.approx(float(theirs["train/loss"] or 0), rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------- signals

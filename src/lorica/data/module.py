@@ -61,6 +61,7 @@ class LoricaDataModule(LightningDataModule):
         self.revision: str | None = config.revision
         self.faults: list[tuple[str, str]] = []  # (origin, why) of rows that were skipped
         self.truncation = Truncation()
+        self.parts = 1  # that a micro-batch is known to need, for the GPU's memory
         self.resume_at = 0  # the micro-step that training starts from
         self.shapes: list[Shape] = []  # sizes that training batches are filled up to, smallest first; none: they stay as they are
         self._splits: Splits | None = None
@@ -218,7 +219,7 @@ class LoricaDataModule(LightningDataModule):
         else:
             every = (self.plan.micro_batch(k, rank) for k in range(len(self.plan)) for rank in range(ranks))
             micro = [max(every, key=lambda m: batch_tokens(self.plan.lengths, m.rows or (0,), self.batching.padded))]
-        return [self._collate_train(m.rows, m.window_supervised, m.epoch) for m in micro]
+        return [self._collate_train(m.rows[:: self.parts], m.window_supervised, m.epoch) for m in micro]
 
     def _shape(self, tokens: int) -> Shape:
         """The smallest that holds so many tokens."""
@@ -269,7 +270,18 @@ class LoricaDataModule(LightningDataModule):
             "supervised": sum(r.supervised for r in chosen),
             "epoch": epoch,
         }
+        batch["rows"] = list(rows)
         return batch
+
+    def parts_of(self, batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+        """A training batch as several of about as many rows each, with the same weight; not filled up."""
+        rows: list[int] = batch["rows"]
+        found = []
+        for chosen in [rows[i::parts] for i in range(min(parts, len(rows)))] or [rows]:
+            part = self._collate([self.train_rows[r] for r in chosen or [0]])
+            supervised = sum(self.train_rows[r].supervised for r in chosen)
+            found.append({**part, "weight": batch["weight"], "count": {**batch["count"], "supervised": supervised}, "rows": chosen})
+        return found
 
     def _collate(self, rows: Sequence[Encoded]) -> dict[str, Any]:
         b = self.batching

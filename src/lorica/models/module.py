@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 
 from lorica.config import OptimizerConfig
 from lorica.models.captured import CapturedSteps
+from lorica.models.halving import Halving
 from lorica.models.optimizers import build_optimizer, build_schedule, effective_name
 from lorica.models.skipping import SkipSteps
 
@@ -38,7 +39,8 @@ class LoricaModule(LightningModule):
         self.roomy = False  # see `effective_name`
         self.joined = False  # the trained weights lie end to end, and so do their gradients
         self.skipping = SkipSteps()
-        self._to_replay: dict[str, Any] | None = None
+        self.halving: Halving | None = None  # runs micro-batches in parts where they don't fit
+        self._to_run: tuple[dict[str, Any], int] | None = None  # a micro-batch whose forward is left to `backward`
 
     @property
     def whole(self) -> Any:
@@ -63,24 +65,36 @@ class LoricaModule(LightningModule):
         The batch's weight is ranks x accumulate / supervised tokens of the window: Lightning divides by `accumulate` and DDP by
         the ranks, which leaves (sum over the window) / (its supervised tokens), exactly (pytorch-lightning#20350).
         """
-        if self.captured is not None and self.captured.covers(batch):
-            self._to_replay = batch
+        if self.halving is not None or (self.captured is not None and self.captured.covers(batch)):
+            self._to_run = batch, batch_idx
             return torch.zeros((), device=self.device)  # the loss is known when `backward` has run both
         total = self.loss_sum(batch)
-        self._account(total.detach(), batch)
+        self.account(total.detach(), batch)
         loss: torch.Tensor = total * batch["weight"]
         return loss
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """Gradients of a micro-step; a captured one is run here, forward and all."""
-        if self._to_replay is None:
+        """Gradients of a micro-step; a captured one, or one that may have to be split, is run here, forward and all."""
+        if self._to_run is None:
             loss.backward(*args, **kwargs)
             return
-        assert self.captured is not None
-        batch, self._to_replay = self._to_replay, None
-        self._account(self.captured.replay(batch), batch)
+        (batch, number), self._to_run = self._to_run, None
+        if self.captured is not None and self.captured.covers(batch):
+            self.account(self.captured.replay(batch), batch)
+        else:
+            assert self.halving is not None
+            self.halving.run(self, batch, number)
 
-    def _account(self, total: torch.Tensor, batch: dict[str, Any]) -> None:
+    def accounts(self) -> tuple[Any, ...]:
+        """What was counted since the last reading, to be put back when a window is run again."""
+        return self.loss_account, self.left_out, self.supervised_account
+
+    def put_accounts(self, accounts: tuple[Any, ...]) -> None:
+        """See `accounts`."""
+        self.loss_account, self.left_out, self.supervised_account = accounts
+
+    def account(self, total: torch.Tensor, batch: dict[str, Any]) -> None:
+        """Count a micro-batch's summed loss."""
         finite = torch.isfinite(total)
         own = torch.where(finite, total, 0.0) * (batch["weight"] > 0)  # a rank without rows in this micro-step runs one for company
         lost = (~finite).float() * batch["count"]["supervised"]
@@ -122,6 +136,7 @@ class LoricaModule(LightningModule):
         """The loss since the last record goes with the state, so that the next record is of the same steps; of all ranks."""
         checkpoint["loss_account"] = self._accounts()
         checkpoint["skipped_steps"] = self.skipping.state_dict()
+        checkpoint["parts"] = self.halving.parts if self.halving is not None else 1
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipping.load_state_dict(checkpoint["skipped_steps"])
