@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.config import ConfigError, TrainConfig
-from lorica.durable import write_json, write_text
+from lorica.durable import MANIFEST, damage, recover_folder, write_json, write_text
 from lorica.runs import Held, begin, point_latest, write_config
 from lorica.screen import Screen, duration, quiet_libraries
 from lorica.signals import EXIT_CODE, Interrupted, Stop
@@ -28,7 +28,7 @@ from lightning.pytorch.callbacks import EarlyStopping  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 
 from lorica import callbacks as cb  # noqa: E402
-from lorica import checkpoints, evaluation, fingerprint, hardware, launch, loggers, oom, plots, summary  # noqa: E402
+from lorica import checkpoints, evaluation, fingerprint, hardware, launch, loggers, oom, plots, states, summary  # noqa: E402
 from lorica.checkpoints import Checkpoints  # noqa: E402
 from lorica.data.module import Batching, LoricaDataModule  # noqa: E402
 from lorica.data.registry import build_data  # noqa: E402
@@ -161,6 +161,26 @@ def _resume(run: Run, state: dict[str, Any], data: LoricaDataModule, found: dict
         data.resume_at = len(data.plan)
 
 
+def _mend_best(run: Run, kept: dict[str, Any] | None, module: LoricaModule, parts: Parts) -> None:
+    """See that the best weights so far are intact; write them again from the state of their step where they are not.
+
+    Raises:
+        ConfigError: that state is gone.
+    """
+    recover_folder(run.weights)
+    if kept is None or kept["best"] is None or not (what := damage(run.weights / MANIFEST)):
+        return
+    for state in states.states(run.folder):
+        if states.step_of(state) == kept["best_step"] and not damage(states.manifest_of(state)):
+            module.load_state_dict(checkpoints.load(state)["state_dict"])
+            parts.keep.write()
+            run.notes.append(f"{what}; written again from {state}")
+            return
+    raise ConfigError(
+        "resume", run.folder, f"{what}; it holds the best weights, of step {kept['best_step']}, whose state is gone", "a new run"
+    )
+
+
 def _train(run: Run) -> None:
     config, screen, started = run.config, run.screen, time.perf_counter()
     seed_everything(config.seed, workers=True, verbose=False)
@@ -203,6 +223,8 @@ def _train(run: Run) -> None:
         if run.main:
             write_config(run.folder, config, sys.argv[1:])
     module, trainer, parts = _assemble(run, data, loaded, machine, made_for, saved)
+    if state is not None and run.main:
+        _mend_best(run, state["callbacks"].get(parts.keep.state_key), module, parts)
     _announce(run, data, loaded, machine)
     if run.main:
         point_latest(run.folder)

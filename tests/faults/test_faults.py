@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -307,6 +308,24 @@ def test_a_damaged_state_is_named_and_the_run_goes_on_from_the_one_before(whole:
     assert code == 0 and "resumed at micro-step 3" in said and "step-000000006.ckpt is damaged: its sha256 is not that of" in said, printed
     assert all(torch.equal(value, adapter(whole)[name]) for name, value in adapter(run).items())
     assert log_of(run) == log_of(whole)
+
+
+def test_damaged_best_weights_are_written_again_or_refused(
+    whole: Path, tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "metrics.json").unlink()
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    assert lorica("predict", f"run={run}", "text=a text")[0] == 2
+    code, printed = lorica("train", f"resume={run}")
+    assert code == 0 and "adapter_model.safetensors is damaged" in printed and "written again from" in printed, printed
+    assert all(torch.equal(value, adapter(whole)[name]) for name, value in adapter(run).items())
+    (run / "metrics.json").unlink()
+    (run / "adapter" / durable.MANIFEST).unlink()
+    monkeypatch.setattr("lorica.train.states", SimpleNamespace(states=lambda run: []))
+    code, printed = lorica("train", f"resume={run}")
+    assert code == 2 and "whose state is gone" in printed, printed
 
 
 def test_nothing_intact_is_a_fresh_start_or_a_refusal(whole: Path, tmp_path: Path, lorica: Lorica) -> None:
