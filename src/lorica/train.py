@@ -356,11 +356,13 @@ def _assemble(
         parts.append(EarlyStopping(keep.monitor, patience=t.early_stopping_patience, mode=mode, check_on_train_epoch_end=False))
     validated = set(points).__contains__ if has_validation else lambda step: False
     log = run.loggers[0] if run.loggers else None
+    io = checkpoints.DurableIO(lambda: states.retain(run.folder, t.keep_checkpoints))
     assert log is None or isinstance(log, MetricsLog)
     parts += [
         Checkpoints(
             run.folder,
-            checkpoints.When(save_after, validated, t.keep_checkpoints),
+            io,
+            checkpoints.When(save_after, validated),
             made_for,
             throughput.pause,
             run.stop,
@@ -391,7 +393,7 @@ def _assemble(
         enable_checkpointing=False,
         use_distributed_sampler=False,
         default_root_dir=str(run.folder),
-        plugins=[checkpoints.DurableIO()],
+        plugins=[io],
     )
     return module, trainer, Parts(throughput, evaluate, keep)
 

@@ -303,7 +303,7 @@ def main() -> int:
     options = argparse.ArgumentParser()
     options.add_argument("--trials", type=int, default=100)
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--few", action="store_true", help="each moment once, with two kinds of runs")
+    options.add_argument("--few", action="store_true", help="four moments, with one kind of run")
     options.add_argument("--keep", type=Path, help="folder to work in, which stays")
     chosen = options.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))

@@ -67,7 +67,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
     monkeypatch.setattr(SequenceClassifierModule, "loss_sum", loss_sum)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.faults)])
 def test_a_step_whose_gradient_is_no_number_is_skipped_and_said(
     optimizer: str, tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +83,7 @@ def test_a_step_whose_gradient_is_no_number_is_skipped_and_said(
     assert json.loads((run / "metrics.json").read_text())["train/skipped_steps"] == 1
 
 
+@pytest.mark.faults
 def test_too_many_in_a_row_end_the_run_with_good_weights_saved(tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, lambda micro_step: micro_step >= 3)
     run = tmp_path / "run"
@@ -93,6 +94,7 @@ def test_too_many_in_a_row_end_the_run_with_good_weights_saved(tmp_path: Path, l
     )
 
 
+@pytest.mark.faults
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch) -> None:
     record = callbacks.RecordLoss.on_train_batch_end
 
@@ -110,6 +112,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, lorica: Loric
 # -------------------------------------------------------------------------------------------------------------- full disk
 
 
+@pytest.mark.faults
 def test_a_disk_that_is_full_before_a_write_leaves_the_state_before(
     tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +163,7 @@ def room_for(monkeypatch: pytest.MonkeyPatch, kind: type, rows: int, after: int)
     monkeypatch.setattr(kind, "loss_sum", loss_sum)
 
 
+@pytest.mark.faults
 def test_out_of_memory_ends_in_one_line_with_the_remedy(tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch) -> None:
     room_for(monkeypatch, SequenceClassifierModule, rows=3, after=2)
     code, printed = lorica("train", *SHORT, *EVERY, f"run_dir={tmp_path / 'run'}")
@@ -167,6 +171,7 @@ def test_out_of_memory_ends_in_one_line_with_the_remedy(tmp_path: Path, lorica: 
     assert states.step_of(states.last_state(tmp_path / "run") or Path()) == 2
 
 
+@pytest.mark.faults
 def test_halved_micro_batches_train_the_same(tmp_path: Path, tiny_mistral: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch) -> None:
     """Met in the middle of a window: its first micro-batch is run again too. SGD, whose update is as the gradient is."""
     model = ("model=tiny_mistral_qlora", f"model.base={tiny_mistral}", "data=sentiment", "trainer.tokens_per_batch=null")
@@ -191,7 +196,7 @@ PLACES = ("a micro-step", "a validation", "the last validation", "the test")
 @pytest.mark.parametrize(
     ("signum", "where"),
     [
-        pytest.param(signum, where, marks=() if s == w % 3 else pytest.mark.faults, id=f"{signum.name} in {where}")
+        pytest.param(signum, where, marks=() if s == w < 2 else pytest.mark.faults, id=f"{signum.name} in {where}")
         for w, where in enumerate(PLACES)
         for s, signum in enumerate(SIGNALS)
     ],
@@ -310,6 +315,7 @@ def test_a_damaged_state_is_named_and_the_run_goes_on_from_the_one_before(whole:
     assert log_of(run) == log_of(whole)
 
 
+@pytest.mark.faults
 def test_damaged_best_weights_are_written_again_or_refused(
     whole: Path, tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +334,7 @@ def test_damaged_best_weights_are_written_again_or_refused(
     assert code == 2 and "whose state is gone" in printed, printed
 
 
+@pytest.mark.faults
 def test_nothing_intact_is_a_fresh_start_or_a_refusal(whole: Path, tmp_path: Path, lorica: Lorica) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)

@@ -178,10 +178,13 @@ def _checksum(key: str, arrays: Arrays) -> np.ndarray[Any, Any]:
 
 def content_hash(rows: Sequence[Encoded] | Sequence[Candidates]) -> str:
     """Equal for rows that are the same to a model, in the same order."""
-    if not rows:
-        return ""
-    arrays = _pack_candidates(rows) if isinstance(rows[0], Candidates) else _pack_rows(rows)  # type: ignore[arg-type]
-    return hashlib.sha256(_checksum("rows", arrays).tobytes()).hexdigest()
+    if rows and isinstance(rows[0], Candidates):
+        return hashlib.sha256(_checksum("rows", _pack_candidates(rows)).tobytes()).hexdigest()  # type: ignore[arg-type]
+    digest = hashlib.sha256(np.array([(len(r.ids), len(r.labels), r.label) for r in rows], np.int64).tobytes())  # type: ignore[union-attr]
+    for row in rows:
+        digest.update(row.ids)  # type: ignore[union-attr]
+        digest.update(row.labels)  # type: ignore[union-attr]
+    return digest.hexdigest()
 
 
 def read(path: Path) -> Arrays | None:
