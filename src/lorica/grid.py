@@ -177,6 +177,13 @@ def _call(command: list[str], environment: dict[str, str]) -> tuple[int, list[st
     reader.start()
     try:
         code = process.wait()
+    except KeyboardInterrupt:  # the run got it too, and saves its state; once more ends it
+        try:
+            process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        raise
     except BaseException:
         process.kill()
         raise
