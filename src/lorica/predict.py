@@ -253,13 +253,15 @@ def _output(ending: str, rows: list[Row], answers: dict[int, Answer], faults: di
     names = list(dict.fromkeys(name for row in rows for name in row.fields))
     added = ["prediction", *(["probability"] if scored else []), *(["error"] if faults else [])]
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [*names, *added], extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*names, *added])
     for i, row in enumerate(rows):
         answer = answers.get(i)
-        record = {k: v if isinstance(v, str) else json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in row.fields.items()}
-        record |= {"prediction": answer.prediction if answer else "", "error": faults.get(i, "")}
-        if answer is not None and answer.probability is not None:
-            record["probability"] = f"{answer.probability:.6f}"
-        writer.writerow({k: v.encode("utf-8", "replace").decode("utf-8") if isinstance(v, str) else v for k, v in record.items()})
-    yield buffer.getvalue()
+        cells = [row.fields.get(name, "") for name in names]
+        cells.append(answer.prediction if answer else "")
+        if scored:
+            cells.append(f"{answer.probability:.6f}" if answer is not None and answer.probability is not None else "")
+        if faults:
+            cells.append(faults.get(i, ""))
+        writer.writerow([json.dumps(v) if isinstance(v, (dict, list)) else v for v in cells])
+    yield buffer.getvalue().encode("utf-8", "replace").decode("utf-8")

@@ -119,7 +119,7 @@ class LoricaModule(LightningModule):
         self.captured = self.capture = None
 
     def joins(self) -> bool:
-        """Whether the trained weights are to lie end to end: not on a CPU, which gains nothing, nor where ranks reduce gradients by layers."""
+        """Whether the trained weights are to lie end to end: on one GPU. Several ranks reduce gradients by layers."""
         return self.device.type == "cuda" and self.trainer.world_size == 1
 
     def configure_optimizers(self) -> Any:
