@@ -23,8 +23,8 @@ from lightning.pytorch import Callback, Trainer, seed_everything  # noqa: E402
 from lightning.pytorch.callbacks import EarlyStopping  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 
+from lorica import accumulation, evaluation, hardware, launch, loggers, plots, summary  # noqa: E402
 from lorica import callbacks as cb  # noqa: E402
-from lorica import evaluation, hardware, launch, loggers, plots, summary  # noqa: E402
 from lorica.data.module import Batching, LoricaDataModule  # noqa: E402
 from lorica.data.registry import build_data  # noqa: E402
 from lorica.data.report import data_report, report_markdown  # noqa: E402
@@ -73,7 +73,7 @@ def run(config: TrainConfig) -> int:
         if main:
             the_run.loggers, note = loggers.build_loggers(config, folder, checkpoint_step(checkpoint) if checkpoint else None)
             the_run.notes += [note] if note else []
-        _train(the_run)
+        return _train(the_run)
     except ConfigError as e:
         screen.log(f"refused: {e}")
         loggers.finish_wandb(the_run.loggers, folder, None, [], {}, failed=True)
@@ -95,7 +95,6 @@ def run(config: TrainConfig) -> int:
     finally:
         screen.close()
         os.environ.pop("LORICA_RUN", None)
-    return 0
 
 
 def _start(config: TrainConfig) -> tuple[str, str | None, bool]:
@@ -136,7 +135,7 @@ def _resume(run: Run, state: dict[str, Any], data: LoricaDataModule, made_for: d
         data.resume_at = len(data.plan)
 
 
-def _train(run: Run) -> None:
+def _train(run: Run) -> int:
     config, screen, started = run.config, run.screen, time.perf_counter()
     seed_everything(config.seed, workers=True, verbose=False)
     data = build_data(config.data, config.seed)
@@ -172,9 +171,11 @@ def _train(run: Run) -> None:
             write_config(run.folder, config, sys.argv[1:])
     module, trainer, parts = _assemble(run, data, loaded, machine, made_for)
     _announce(run, data, loaded, machine)
+    fitting.prepare(module, config, machine)
+    if config.drill == "accumulation":
+        return _drill(run, module, data, machine, trainer)
     if run.main:
         point_latest(run.folder)
-    fitting.prepare(module, config, machine)
     if state is None or data.resume_at < len(data.plan):
         arithmetic = trainer.precision_plugin.train_step_context
         found = fitting.fit(module, loaded.layers, data, machine, config, compiled, arithmetic, screen.note)
@@ -200,7 +201,7 @@ def _train(run: Run) -> None:
     weights.load(run.weights, module.model)
     figures_of_test, predictions = evaluation.test(data, module, trainer, parts.evaluate)
     if not run.main:
-        return
+        return 0
     if not predictions:
         screen.note("there are no test rows")
     figures |= figures_of_test
@@ -210,6 +211,23 @@ def _train(run: Run) -> None:
     screen.table(f"{config.data.name} with {config.model.name}", summary.closing_rows(figures))
     screen.print(f"run folder  {run.folder}")
     screen.print(f"next        {summary.next_command(run.folder, data)}")
+    return 0
+
+
+def _drill(run: Run, module: LoricaModule, data: LoricaDataModule, machine: hardware.Machine, trainer: Trainer) -> int:
+    """`debug=accumulation`: 0 where the gradients differ by rounding only, else 1."""
+    if machine.world_size > 1:
+        raise ConfigError("trainer.devices", machine.world_size, "debug=accumulation runs on one", "trainer.devices=1")
+    windows = accumulation.measure(module, data, trainer.precision_plugin.train_step_context)
+    computed = machine.compute_dtype if machine.precision != "32-true" else torch.float32
+    found, lines, exact = accumulation.report(windows, computed)
+    write_json(run.folder / "accumulation.json", found)
+    run.screen.facts("accumulation: relative difference from one large batch", lines)
+    bound = found["rounding"]
+    run.screen.print(
+        f"{'equal' if exact else 'NOT equal'}: in {machine.precision} up to {bound:.0e} is rounding; {run.folder / 'accumulation.json'}"
+    )
+    return 0 if exact else 1
 
 
 def _batching(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine) -> Batching:
