@@ -34,6 +34,7 @@ def main() -> None:
         f"data.path={options.rows}",
         f"trainer.max_steps={options.steps}",
         "trainer.log_every_n_steps=5",
+        "trainer.compile=true",  # as longer runs do by themselves
         "data.max_validation_examples=16",
         "data.max_test_examples=16",
         "data.max_generated_examples=4",

@@ -343,6 +343,9 @@ class TrainConfig:
     resume: str | None = key(
         None, "auto: go on from the newest unfinished run, or start fresh; required: refuse without one; or the folder of an unfinished run"
     )
+    drill: str | None = key(
+        None, "measure something of this configuration instead of training: accumulation (debug=accumulation)", choices=("accumulation",)
+    )
     model: ModelConfig = key(ModelConfig)
     data: DataConfig = key(DataConfig)
     trainer: TrainerConfig = key(TrainerConfig)
@@ -364,7 +367,7 @@ class PredictConfig:
     base: str | None = key(None, "load the base model from here instead of where it was at training time")
     batch_size: int | None = key(
         None,
-        "texts answered at once; null: 32, or where labels are scored on a GPU as many as have 16,384 tokens together",
+        "texts answered at once; null: 32, or where labels are scored on a GPU as many as the width allows (16,384 tokens of Mistral-7B)",
         unit="examples",
         low=1,
     )

@@ -21,7 +21,17 @@ PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "numpy
 # What a run may go on with another value of: where things go, how often, how far, how fast. Where data and weights come from is
 # compared by what they are; `auto` and null by what they became.
 HARMLESS = (
-    *("run_dir", "resume", "logger.", "model.name", "model.base", "model.revision", "model.recommended.", "model.attn_implementation"),
+    *(
+        "run_dir",
+        "resume",
+        "drill",
+        "logger.",
+        "model.name",
+        "model.base",
+        "model.revision",
+        "model.recommended.",
+        "model.attn_implementation",
+    ),
     *("data.name", "data.source", "data.path", "data.hub_id", "data.hub_config", "data.revision", "data.token_cache", "data.num_workers"),
     *("data.max_new_tokens", "data.max_generated_examples", "data.max_test_examples"),
     *("trainer.max_epochs", "trainer.max_steps", "trainer.val_check_interval", "trainer.checkpoint_every_n_steps"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from lorica.screen import Screen, quiet_libraries
 
 BATCH = 32  # texts at once
 ELEMENTS = 1 << 26  # of the hidden states of texts at once on a GPU, where labels are scored: 16,384 tokens of Mistral-7B
-WARM_UP = 512  # rows that are answered once before the clock starts: what a first forward loads is loaded then
+LETTERS = 4  # to a token, about
 ADDED = ("prediction", "probability", "probabilities", "error")  # what an answered row has besides its own
 
 quiet_libraries()
@@ -98,6 +99,13 @@ class Predictor:
             else CausalEncoder(tokenizer, longest, bool(self.task.get("use_chat_template", True)), self.labels or ())
         )
         self.pad_id = int(tokenizer.pad_token_id)
+        self._tokens = ELEMENTS // trained.model.config.get_text_config().hidden_size
+
+    def warm_up(self, examples: Sequence[Example], batch_size: int | None) -> None:
+        """Score about a batch of the examples on a GPU, for what a first forward loads and allocates."""
+        if self.labels and self.trained.model.device.type == "cuda":
+            letters = itertools.accumulate(len(e.text or e.prompt) for e in examples)
+            self.answer([e for e, n in zip(examples, letters, strict=True) if n < self._tokens * LETTERS], batch_size)
 
     @torch.inference_mode()
     def answer(
@@ -135,8 +143,7 @@ class Predictor:
         by_tokens = batch_size is None and device.type == "cuda"
         sizes = np.asarray(lengths)
         order = [int(i) for i in np.argsort(-sizes, kind="stable")]
-        tokens = ELEMENTS // self.trained.model.config.get_text_config().hidden_size
-        batches = cut_batches(sizes, order, None if by_tokens else batch_size or BATCH, tokens, self.trained.padded)
+        batches = cut_batches(sizes, order, None if by_tokens else batch_size or BATCH, self._tokens, self.trained.padded)
         scores, waiting = [], batches[::-1]
         while waiting:
             group = waiting.pop()
@@ -210,8 +217,7 @@ def _answer_file(config: PredictConfig, screen: Screen, predictor: Predictor, ro
             examples[i] = ask_row(predictor.task, row.fields, config.text_column, row.origin)
         except BadRow as e:
             faults[i] = str(e)
-    if predictor.labels and predictor.trained.model.device.type == "cuda":
-        predictor.answer(list(examples.values())[:WARM_UP], config.batch_size)
+    predictor.warm_up(list(examples.values()), config.batch_size)
     begun = time.perf_counter()
     columns = (TextColumn("predict"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=screen.console, disable=not screen.is_terminal) as bar:
@@ -247,13 +253,15 @@ def _output(ending: str, rows: list[Row], answers: dict[int, Answer], faults: di
     names = list(dict.fromkeys(name for row in rows for name in row.fields))
     added = ["prediction", *(["probability"] if scored else []), *(["error"] if faults else [])]
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [*names, *added], extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*names, *added])
     for i, row in enumerate(rows):
         answer = answers.get(i)
-        record = {k: v if isinstance(v, str) else json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in row.fields.items()}
-        record |= {"prediction": answer.prediction if answer else "", "error": faults.get(i, "")}
-        if answer is not None and answer.probability is not None:
-            record["probability"] = f"{answer.probability:.6f}"
-        writer.writerow({k: v.encode("utf-8", "replace").decode("utf-8") if isinstance(v, str) else v for k, v in record.items()})
-    yield buffer.getvalue()
+        cells = [row.fields.get(name, "") for name in names]
+        cells.append(answer.prediction if answer else "")
+        if scored:
+            cells.append(f"{answer.probability:.6f}" if answer is not None and answer.probability is not None else "")
+        if faults:
+            cells.append(faults.get(i, ""))
+        writer.writerow([json.dumps(v) if isinstance(v, (dict, list)) else v for v in cells])
+    yield buffer.getvalue().encode("utf-8", "replace").decode("utf-8")

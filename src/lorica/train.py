@@ -27,8 +27,8 @@ from lightning.pytorch import Callback, Trainer, seed_everything  # noqa: E402
 from lightning.pytorch.callbacks import EarlyStopping  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 
+from lorica import accumulation, checkpoints, evaluation, fingerprint, hardware, launch, loggers, oom, plots, states, summary  # noqa: E402
 from lorica import callbacks as cb  # noqa: E402
-from lorica import checkpoints, evaluation, fingerprint, hardware, launch, loggers, oom, plots, states, summary  # noqa: E402
 from lorica.checkpoints import Checkpoints  # noqa: E402
 from lorica.data.module import Batching, LoricaDataModule  # noqa: E402
 from lorica.data.registry import build_data  # noqa: E402
@@ -104,8 +104,7 @@ def _guarded(run: Run, existed: bool) -> int:
     """Train; the exit code that says how it ended. What is the user's to mend is raised as it is."""
     folder, screen = run.folder, run.screen
     try:
-        _train(run)
-        return 0
+        return _train(run)
     except ConfigError as e:
         screen.log(f"refused: {e}")
         _close_loggers(run)
@@ -181,7 +180,7 @@ def _mend_best(run: Run, kept: dict[str, Any] | None, module: LoricaModule, part
     )
 
 
-def _train(run: Run) -> None:
+def _train(run: Run) -> int:
     config, screen, started = run.config, run.screen, time.perf_counter()
     seed_everything(config.seed, workers=True, verbose=False)
     state = checkpoints.load(run.resume_from) if run.resume_from is not None else None
@@ -226,9 +225,11 @@ def _train(run: Run) -> None:
     if state is not None and run.main:
         _mend_best(run, state["callbacks"].get(parts.keep.state_key), module, parts)
     _announce(run, data, loaded, machine)
+    fitting.prepare(module, config, machine)
+    if config.drill == "accumulation":
+        return _drill(run, module, data, machine, trainer)
     if run.main:
         point_latest(run.folder)
-    fitting.prepare(module, config, machine)
     if state is None or data.resume_at < len(data.plan):
         if config.trainer.on_oom == "halve":
             oom.split_where_needed(module, loaded.layers, data, machine, config, trainer, screen.note, state["parts"] if state else 1)
@@ -257,7 +258,7 @@ def _train(run: Run) -> None:
     weights.load(run.weights, module.model)
     figures_of_test, predictions = evaluation.test(data, module, trainer, parts.evaluate)
     if not run.main:
-        return
+        return 0
     if not predictions:
         screen.note("there are no test rows")
     figures |= figures_of_test
@@ -268,6 +269,23 @@ def _train(run: Run) -> None:
     screen.table(f"{config.data.name} with {config.model.name}", summary.closing_rows(figures))
     screen.print(f"run folder  {run.folder}")
     screen.print(f"next        {summary.next_command(run.folder, data)}")
+    return 0
+
+
+def _drill(run: Run, module: LoricaModule, data: LoricaDataModule, machine: hardware.Machine, trainer: Trainer) -> int:
+    """`debug=accumulation`: 0 where the gradients differ by rounding only, else 1."""
+    if machine.world_size > 1:
+        raise ConfigError("trainer.devices", machine.world_size, "debug=accumulation runs on one", "trainer.devices=1")
+    windows = accumulation.measure(module, data, trainer.precision_plugin.train_step_context)
+    computed = machine.compute_dtype if machine.precision != "32-true" else torch.float32
+    found, lines, exact = accumulation.report(windows, computed)
+    write_json(run.folder / "accumulation.json", found)
+    run.screen.facts("accumulation: relative difference from one large batch", lines)
+    bound = found["rounding"]
+    run.screen.print(
+        f"{'equal' if exact else 'NOT equal'}: in {machine.precision} up to {bound:.0e} is rounding; {run.folder / 'accumulation.json'}"
+    )
+    return 0 if exact else 1
 
 
 def _batching(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine) -> Batching:

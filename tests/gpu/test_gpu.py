@@ -184,6 +184,7 @@ def test_all_ways_to_run_learn_the_same(tmp_path: Path) -> None:
     for name, loss in losses.items():
         same = losses["dropout" if name.startswith("dropout") else "plain"]
         assert abs(loss - same) < (0.03 if name == "fp8" else 0.01) * same, losses
+    assert losses["plain"] < 6, losses  # 7.3 before training; a run on a CPU ends at 4.7
     assert "captured as CUDA graphs" in printed["captured"] and "could not be captured" not in "".join(printed.values())
     assert "2 of 4 computed again" in printed["recomputed"]
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorica import callbacks
+from lorica.models.module import LoricaModule
 
 Lorica = Callable[..., tuple[int, str]]
 SMALL = ("data.max_train_examples=24", "data.max_validation_examples=8", "data.max_test_examples=8", "trainer.log_every_n_steps=1")
@@ -34,6 +35,28 @@ def test_micro_batches_change_nothing(tmp_path: Path, tiny_mistral: Path, lorica
     for other in runs[1:]:
         for name, value in runs[0].items():
             assert (other[name] - value).norm() <= 1e-4 * value.norm() + 1e-7, name
+
+
+def test_weights_laid_end_to_end_learn_the_same(tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on one GPU, with a validation in between: Lightning clears gradients there and before the first step."""
+    runs = []
+    for joined in (False, True):
+        monkeypatch.setattr(LoricaModule, "joins", lambda self, joined=joined: joined)
+        run = tmp_path / str(joined)
+        steps = [
+            "model.lora.r=16",
+            "trainer.batch_size=4",
+            "trainer.max_epochs=2",
+            "trainer.val_check_interval=2",
+            "trainer.accumulate_grad_batches=2",
+        ]
+        code, printed = lorica("train", *SMALL, *steps, f"run_dir={run}")
+        assert code == 0, printed
+        runs.append(_weights(run))
+    moved = [name for name in runs[0] if "lora_B" in name]
+    assert moved and all(runs[0][name].any() for name in moved)
+    for name, value in runs[0].items():
+        torch.testing.assert_close(runs[1][name], value, rtol=1e-5, atol=1e-7)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,6 +206,15 @@ class LoricaDataModule(LightningDataModule):
             **batching.plan,
         )
 
+    def training_batch(self, k: int, rank: int) -> dict[str, Any]:
+        """What micro-step k of a rank trains on."""
+        m = self.plan.micro_batch(k, rank)
+        return self._collate_train(m.rows, m.window_supervised, m.epoch)
+
+    def batch_of(self, rows: Sequence[int]) -> dict[str, Any]:
+        """Training rows as one batch, whatever the plan makes of them."""
+        return self._collate([self.train_rows[row] for row in rows])
+
     def fill_batches(self) -> None:
         """Let training batches, which must be flat, have few sizes."""
         self.shapes = shapes(*self.plan.sizes(), longest=max(len(r.ids) for r in self.train_rows))

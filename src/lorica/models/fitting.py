@@ -188,15 +188,16 @@ def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluation(fitting: Fitting, data: LoricaDataModule, device: torch.device) -> int:
-    """Bytes that evaluation takes; its batches are made smaller until the largest fits.
+    """Bytes that evaluation takes; its batches are made smaller until the largest takes no more than training does.
 
     Raises:
-        ConfigError: not even single rows do.
+        ConfigError: not even single rows fit.
     """
     while data.batching.world_size == 1 and (batch := data.largest_evaluation_batch()) is not None:  # ranks must have the same batches
-        if (size := fitting.evaluation_bytes(_on(device, batch))) is not None:
+        size, rows = fitting.evaluation_bytes(_on(device, batch)), len(batch["index"])
+        if size is not None and (rows == 1 or torch.cuda.memory_allocated(device) + size <= fitting.peak):
             return size
-        if len(batch["index"]) == 1:
+        if rows == 1:
             raise ConfigError(
                 "model.max_length", batch["input_ids"].numel(), "one row of so many tokens does not fit into the GPU's memory"
             )

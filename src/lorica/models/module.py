@@ -102,9 +102,16 @@ class LoricaModule(LightningModule):
         self.left_out = lost if self.left_out is None else self.left_out + lost
         self.supervised_account += batch["count"]["supervised"]
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """In place where gradients lie end to end, or are what captured steps add to. Lightning calls it before training and validation."""
+        super().zero_grad(set_to_none and not self._fixed_gradients)
+
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        """In place where gradients lie end to end, or are what captured steps add to."""
-        optimizer.zero_grad(set_to_none=not self.joined and self.captured is None)
+        optimizer.zero_grad(set_to_none=not self._fixed_gradients)
+
+    @property
+    def _fixed_gradients(self) -> bool:
+        return self.joined or self.captured is not None
 
     def on_train_start(self) -> None:
         """Capture what is to be captured: not before, since Lightning frees cuBLAS's workspaces when it sets up a fit."""
@@ -148,9 +155,13 @@ class LoricaModule(LightningModule):
         """Let go of captured steps and their memory."""
         self.captured = self.capture = None
 
+    def joins(self) -> bool:
+        """Whether the trained weights are to lie end to end: on one GPU. Several ranks reduce gradients by layers."""
+        return self.device.type == "cuda" and self.trainer.world_size == 1
+
     def configure_optimizers(self) -> Any:
         name, _ = effective_name(str(self.optimizer_config.name), self.device, self.roomy)
-        self.joined = self.device.type == "cuda" and self.trainer.world_size == 1  # several ranks reduce gradients by layers
+        self.joined = self.joins()
         optimizer = build_optimizer(self, self.optimizer_config, name, self.fused, self.joined)
         schedule = build_schedule(optimizer, self.optimizer_config, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
