@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.config import ConfigError, TrainConfig
-from lorica.durable import MANIFEST, damage, recover_folder, write_json, write_text
+from lorica.durable import write_json, write_text
 from lorica.runs import Held, begin, point_latest, write_config
 from lorica.screen import Screen, duration, quiet_libraries
 from lorica.signals import EXIT_CODE, Interrupted, Stop
@@ -27,7 +27,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything  # noqa: E402
 from lightning.pytorch.callbacks import EarlyStopping  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 
-from lorica import accumulation, checkpoints, evaluation, fingerprint, hardware, launch, loggers, oom, plots, states, summary  # noqa: E402
+from lorica import accumulation, checkpoints, evaluation, fingerprint, hardware, launch, loggers, oom, plots, resuming, states, summary  # noqa: E402
 from lorica import callbacks as cb  # noqa: E402
 from lorica.checkpoints import Checkpoints  # noqa: E402
 from lorica.data.module import Batching, LoricaDataModule  # noqa: E402
@@ -138,48 +138,6 @@ def _close_loggers(run: Run, predictions: Sequence[dict[str, Any]] = (), figures
         run.screen.note(said)
 
 
-def _resume(run: Run, state: dict[str, Any], data: LoricaDataModule, found: dict[str, str]) -> None:
-    """Where training goes on.
-
-    Raises:
-        ConfigError: the checkpoint is of other data or another plan, or of a longer one.
-    """
-    saved = state["callbacks"][Checkpoints.__name__]
-    fingerprint.check_same(run.folder, saved["made_for"]["found"], found)
-    if changed := fingerprint.differences(saved["made_for"]["versions"], fingerprint.versions()):
-        run.notes.append(f"other versions than the run began with: the same bits are not promised: {'; '.join(changed)}")
-    data.resume_at = int(state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"])
-    if data.resume_at > len(data.plan):
-        raise ConfigError(
-            "resume",
-            run.folder,
-            f"{data.resume_at} micro-steps were trained, more than the {len(data.plan)} that are asked for now",
-            "a larger trainer.max_epochs or trainer.max_steps",
-        )
-    if saved["stopped"]:  # early: only the test is missing
-        data.resume_at = len(data.plan)
-
-
-def _mend_best(run: Run, kept: dict[str, Any] | None, module: LoricaModule, parts: Parts) -> None:
-    """See that the best weights so far are intact; write them again from the state of their step where they are not.
-
-    Raises:
-        ConfigError: that state is gone.
-    """
-    recover_folder(run.weights)
-    if kept is None or kept["best"] is None or not (what := damage(run.weights / MANIFEST)):
-        return
-    for state in states.states(run.folder):
-        if states.step_of(state) == kept["best_step"] and not damage(states.manifest_of(state)):
-            module.load_state_dict(checkpoints.load(state)["state_dict"])
-            parts.keep.write()
-            run.notes.append(f"{what}; written again from {state}")
-            return
-    raise ConfigError(
-        "resume", run.folder, f"{what}; it holds the best weights, of step {kept['best_step']}, whose state is gone", "a new run"
-    )
-
-
 def _train(run: Run) -> int:
     config, screen, started = run.config, run.screen, time.perf_counter()
     seed_everything(config.seed, workers=True, verbose=False)
@@ -218,12 +176,13 @@ def _train(run: Run) -> int:
         "versions": fingerprint.versions(),
     }
     if state is not None:
-        _resume(run, state, data, made_for["found"])
+        run.notes += resuming.go_on(run.folder, state, data, made_for["found"])
         if run.main:
             write_config(run.folder, config, sys.argv[1:])
     module, trainer, parts = _assemble(run, data, loaded, machine, made_for, saved)
     if state is not None and run.main:
-        _mend_best(run, state["callbacks"].get(parts.keep.state_key), module, parts)
+        kept = state["callbacks"].get(parts.keep.state_key)
+        run.notes += resuming.mend_best(run.folder, run.weights, kept, module, parts.keep.write)
     _announce(run, data, loaded, machine)
     fitting.prepare(module, config, machine)
     if config.drill == "accumulation":

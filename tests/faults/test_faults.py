@@ -329,7 +329,7 @@ def test_damaged_best_weights_are_written_again_or_refused(
     assert all(torch.equal(value, adapter(whole)[name]) for name, value in adapter(run).items())
     (run / "metrics.json").unlink()
     (run / "adapter" / durable.MANIFEST).unlink()
-    monkeypatch.setattr("lorica.train.states", SimpleNamespace(states=lambda run: []))
+    monkeypatch.setattr("lorica.resuming.states", SimpleNamespace(states=lambda run: []))
     code, printed = lorica("train", f"resume={run}")
     assert code == 2 and "whose state is gone" in printed, printed
 
