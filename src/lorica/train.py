@@ -25,12 +25,13 @@ from lightning.pytorch.loggers import Logger  # noqa: E402
 
 from lorica import accumulation, evaluation, hardware, launch, loggers, plots, summary  # noqa: E402
 from lorica import callbacks as cb  # noqa: E402
+from lorica.data.gates import check_report  # noqa: E402
 from lorica.data.module import Batching, LoricaDataModule  # noqa: E402
 from lorica.data.registry import build_data  # noqa: E402
-from lorica.data.report import data_report, report_markdown  # noqa: E402
+from lorica.data.report import data_report, write_report  # noqa: E402
 from lorica.models import fitting, weights  # noqa: E402
 from lorica.models.causal_lm import CausalLMModule  # noqa: E402
-from lorica.models.loaded import Loaded, load  # noqa: E402
+from lorica.models.loaded import Loaded, Prepared, load, prepare  # noqa: E402
 from lorica.models.module import LoricaModule  # noqa: E402
 from lorica.models.sequence_classifier import SequenceClassifierModule  # noqa: E402
 
@@ -48,6 +49,7 @@ class Run:
     resume_from: Path | None
     main: bool
     notes: list[str] = field(default_factory=list)
+    reported: bool = False  # the folder holds a data report that the run was refused by
 
     @property
     def weights(self) -> Path:
@@ -61,7 +63,8 @@ def run(config: TrainConfig) -> int:
     Returns:
         0, or 1 when training failed (its traceback is in train.log).
     Raises:
-        ConfigError: data, model or hardware can't do what is asked; a folder that was made for the run by its time is removed again.
+        ConfigError: data, model or hardware can't do what is asked; a folder that was made for the run by its time is removed again,
+            unless it holds the data report that says why.
     """
     rank = launch.rank()
     main = rank == 0
@@ -70,7 +73,7 @@ def run(config: TrainConfig) -> int:
     screen = Screen(folder / "train.log", rank)
     the_run = Run(config, folder, screen, [], checkpoint, main)
     try:
-        if main:
+        if main and not config.data.report_only:
             the_run.loggers, note = loggers.build_loggers(config, folder, checkpoint_step(checkpoint) if checkpoint else None)
             the_run.notes += [note] if note else []
         return _train(the_run)
@@ -78,7 +81,7 @@ def run(config: TrainConfig) -> int:
         screen.log(f"refused: {e}")
         loggers.finish_wandb(the_run.loggers, folder, None, [], {}, failed=True)
         screen.close()
-        if main and not existed and config.run_dir is None:
+        if main and not existed and not the_run.reported and config.run_dir is None:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
@@ -95,6 +98,7 @@ def run(config: TrainConfig) -> int:
     finally:
         screen.close()
         os.environ.pop("LORICA_RUN", None)
+        os.environ.pop("LORICA_REPORT", None)
 
 
 def _start(config: TrainConfig) -> tuple[str, str | None, bool]:
@@ -140,22 +144,20 @@ def _train(run: Run) -> int:
     seed_everything(config.seed, workers=True, verbose=False)
     data = build_data(config.data, config.seed)
     data.load()
+    if config.data.report_only:
+        _look_at_data(run, data)
+        return 0
     state = torch.load(run.resume_from, weights_only=True, map_location="cpu") if run.resume_from is not None else None
     began = state["callbacks"][cb.Checkpoints.__name__]["made_for"] if state is not None else {}
     machine = hardware.choose(config.trainer, began.get("a precision"))
     run.notes += machine.notes
     if config.trainer.fp8:
         hardware.check_fp8(machine)
-    with screen.counting("tokenising", config.trainer.enable_progress_bar) as progress:
-        loaded = load(config, data, machine, run.folder, run.main, progress)
-    if tokenised := summary.tokenised_line(data):
-        screen.print(tokenised)
+    prepared = _look_at_data(run, data)
+    data.leave_out_unsupervised()
+    loaded = load(config, data, machine, prepared)
     batching = _batching(run, data, loaded, machine)
     data.connect(batching)
-    if run.main:
-        report = data_report(data)
-        write_json(run.folder / "data_report.json", report)
-        write_text(run.folder / "data_report.md", report_markdown(report))
     before = began["compiled layers"] == "yes" if "compiled layers" in began else None
     compiled = fitting.compiles(config.trainer.compile, before, loaded, machine.device, len(data.plan))
     made_for = {
@@ -228,6 +230,41 @@ def _drill(run: Run, module: LoricaModule, data: LoricaDataModule, machine: hard
         f"{'equal' if exact else 'NOT equal'}: in {machine.precision} up to {bound:.0e} is rounding; {run.folder / 'accumulation.json'}"
     )
     return 0 if exact else 1
+
+
+def _look_at_data(run: Run, data: LoricaDataModule) -> Prepared:
+    """Encode the data, write its report, and refuse what must not be trained on; no weights are read.
+
+    Raises:
+        ConfigError: on every rank, when a limit of the report is broken.
+    """
+    config, screen = run.config, run.screen
+    with screen.counting("tokenising", config.trainer.enable_progress_bar) as progress:
+        prepared = prepare(config, data, run.folder, run.main, progress)
+    if tokenised := summary.tokenised_line(data):
+        screen.print(tokenised)
+    launch.decided_once(lambda: _report(run, data), config.trainer.accelerator, "LORICA_REPORT")
+    return prepared
+
+
+def _report(run: Run, data: LoricaDataModule) -> None:
+    """data_report.*, its time where it is long, and its notes."""
+    began = time.perf_counter()
+    report = data_report(data)
+    write_report(report, run.folder)
+    seconds = time.perf_counter() - began
+    where, only = run.folder / "data_report.html", run.config.data.report_only
+    if only or seconds > 1.0:
+        run.screen.print(f"data report of {sum(report['rows'].values()):,} rows in {duration(seconds)}: {where}")
+    try:
+        check_report(report, run.config.data, run.folder)
+    except ConfigError:
+        run.reported = True
+        raise
+    if only:
+        for note in report["notes"]:
+            run.screen.note(note)
+    run.notes += report["notes"]
 
 
 def _batching(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine) -> Batching:
