@@ -180,6 +180,9 @@ class DataConfig:
         low=0.0,
         high=1.0,
     )
+    min_label_examples: int = key(
+        1, "refuse to train where a label has fewer training rows (labelled sets); 0: never", unit="examples", low=0
+    )
     num_workers: int = key(0, "loader processes; 0 builds batches in the training process", low=0, high=256)
 
 
@@ -193,7 +196,6 @@ class ClassificationDataConfig(DataConfig):
     label_values: list[str] | None = key(
         None, "how each of data.labels is written in the file; null: as in data.labels, or its number from 0"
     )
-    min_label_examples: int = key(1, "refuse to train where a label has fewer training rows; 0: never", unit="examples", low=0)
     prompt_template: str = key("Text: {text}\nLabel:", "what a causal model is asked; must contain {text}, and may contain {labels}")
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from lorica.config import ChatDataConfig, ClassificationDataConfig, ConfigError, InstructionDataConfig
@@ -328,6 +330,25 @@ def test_hostile_rows_stay_text(instructions: Any, tokenizer: Any, tmp_path: Pat
     markdown = (tmp_path / "data_report.md").read_text("utf-8")
     outside = re.sub(r"^(`{3,})text\n.*?\n\1$", "", markdown, flags=re.DOTALL | re.MULTILINE)
     assert "````text" in markdown and not re.search(r"(?<!\\)<script", outside)
+
+
+ANYTHING = st.text(max_size=80) | st.sampled_from(
+    ["<script>", "|", "```", "\u202e", "\x00", "a@b.co", "\ufeff", "Mr. A B", "</mark>", "&lt;"]
+)
+
+
+@given(rows=st.lists(ANYTHING.map(lambda text: text + "x"), min_size=1, max_size=8), causal=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_any_rows_have_a_report(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory, rows: list[str], causal: bool) -> None:
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": t, "label": "ab"[i % 2]}) + "\n" for i, t in enumerate(rows)))
+    config = ClassificationDataConfig(
+        **(WHOLE | {"module": "classification", "path": str(folder), "labels": ["a", "b"], "on_bad_rows": "skip"})
+    )
+    report = report_of(ClassificationData(config), tokenizer, causal=causal)
+    write_report(report, folder)
+    assert json.loads((folder / "data_report.json").read_text("utf-8"))["rows"]["train"] == report["rows"]["train"]
+    assert not Page((folder / "data_report.html").read_text("utf-8")).tags & {"script", "img"}
 
 
 def test_learnt_text_is_marked(instructions: Any, tokenizer: Any, tmp_path: Path) -> None:

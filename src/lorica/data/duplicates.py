@@ -7,6 +7,7 @@ Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3). Nothing 
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ CHUNK = 1 << 22  # characters held at a time
 COMMON_LINE, COMMON_SHARE = 10, 0.05  # a line in more texts than both is wording that they share
 NEIGHBOURS = 8  # texts of one crowded bucket that each is compared with
 CROWD = 24  # texts of one bucket that are all compared with each other
+MOST = 16  # later texts that one is compared with exactly
 SEED = 20_040_913
 
 _ASIDE = re.compile(r"(?:https?://|www\.)\S+|(?<!\w)@\w+|[\W_]+")
@@ -75,11 +77,9 @@ def _alike(texts: list[str], threshold: float) -> Iterator[tuple[int, int, float
     if len(texts) < 2:
         return
     chunks = list(_chunks(texts))
-    with ThreadPoolExecutor() as pool:  # numpy lets go of the lock in loops over arrays
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # numpy lets go of the lock in loops over arrays
         signatures = np.concatenate(list(pool.map(_signatures, chunks)))
-    candidates = _candidates(signatures)
-    agreeing = (signatures[candidates[:, 0]] == signatures[candidates[:, 1]]).mean(1)
-    candidates = candidates[agreeing >= threshold - 0.25]  # five standard deviations of the estimate
+    candidates = _likeliest(signatures, _candidates(signatures), threshold - 0.25)  # five standard deviations of the estimate
     sets: dict[int, frozenset[int]] = {}
 
     def shingles_of(i: int) -> frozenset[int]:
@@ -174,3 +174,17 @@ def _candidates(signatures: np.ndarray[tuple[int, int], np.dtype[np.uint32]]) ->
     pairs = np.concatenate(found)
     pairs.sort(axis=1)
     return np.unique(pairs, axis=0)
+
+
+def _likeliest(
+    signatures: np.ndarray[tuple[int, int], np.dtype[np.uint32]], pairs: np.ndarray[tuple[int, int], np.dtype[np.int64]], least: float
+) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    """Of each text's pairs with later ones the MOST whose signatures agree best, if they agree by `least`."""
+    parts = [pairs[at : at + BLOCK] for at in range(0, len(pairs), BLOCK)]
+    agreeing = np.concatenate([(signatures[p[:, 0]] == signatures[p[:, 1]]).mean(1) for p in parts] or [np.empty(0)])
+    kept = agreeing >= least
+    pairs, agreeing = pairs[kept], agreeing[kept]
+    order = np.lexsort((pairs[:, 1], -agreeing, pairs[:, 0]))
+    pairs = pairs[order]
+    place = np.arange(len(pairs)) - np.searchsorted(pairs[:, 0], pairs[:, 0])  # of a pair among those of its first text
+    return pairs[place < MOST]

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lorica.config import ClassificationDataConfig, ConfigError, DataConfig
+from lorica.config import ConfigError, DataConfig
 
 
 def check_report(report: dict[str, Any], config: DataConfig, folder: Path) -> None:
@@ -17,14 +17,14 @@ def check_report(report: dict[str, Any], config: DataConfig, folder: Path) -> No
     Raises:
         ConfigError: the first limit that is broken, with what was found and what to do.
     """
-    if isinstance(config, ClassificationDataConfig):
+    if "labels" in report:
         _labels(report, config)
     _supervised(report, config, folder)
     _eos(report, config)
     _leakage(report, config, folder)
 
 
-def _labels(report: dict[str, Any], config: ClassificationDataConfig) -> None:
+def _labels(report: dict[str, Any], config: DataConfig) -> None:
     least = config.min_label_examples
     few = {name: n for name, n in report["labels"]["train"].items() if n < least}
     if few:

@@ -112,6 +112,8 @@ def _neighbours(alike: Alike, splits_of: list[set[str]]) -> Iterator[tuple[int, 
         linked[one] |= of_group[other]
         linked[other] |= of_group[one]
     for g, group in enumerate(alike.groups):
+        if len(group) == 1 and g not in linked:
+            continue
         with_split = Counter(split for content in group for split in splits_of[content])
         for content in group:
             others = {split for split, n in with_split.items() if n > (split in splits_of[content])}

@@ -16,7 +16,7 @@ from lorica.data.encoding import CausalEncoder, ClassifierEncoder, Encoded
 from lorica.data.examples import SPLITS, Example
 from lorica.data.module import LoricaDataModule
 from lorica.data.repeats import by_content, conflicts, repeats, words
-from lorica.data.report_pages import html_page, markdown_page
+from lorica.data.report_pages import html_page, markdown_page, share
 from lorica.data.taught import leading, length_figures, lengths, rows_that_learn, sample
 from lorica.runs import write_json, write_text
 
@@ -132,19 +132,19 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
     for pair, alike in (near["across"] if near else {}).items():
         one, other = pair.split("-")
         if one == "train" and alike > SHARE * rows[other]:
-            yield f"{_share(alike, rows[other], f'{other} rows')} have a near duplicate in training"
+            yield f"{share(alike, rows[other], f'{other} rows')} have a near duplicate in training"
     if report["conflicts"]["texts"] and "labels" in report:
         yield f"{_count(report['conflicts']['texts'], 'text')} of training with more than one label ({report['conflicts']['rows']:,} rows)"
     if without := report["rows_with_nothing_to_learn"]["count"]:
-        yield f"{_share(without, rows['train'], 'training rows')} have nothing to learn"
+        yield f"{share(without, rows['train'], 'training rows')} have nothing to learn"
     cut = report["shortened"]
     if cut["completions"] > SHARE * rows["train"]:
-        answers = _share(cut["completions"], rows["train"], "training answers")
+        answers = share(cut["completions"], rows["train"], "training answers")
         yield f"{answers} are shortened to fit model.max_length={report['max_length']}"
     if report["eos"] and (lacking := rows["train"] - report["eos"]["rows_that_learn_it"]):
-        yield f"{_share(lacking, rows['train'], 'training rows')} don't learn the end-of-sequence token {report['eos']['token']}"
+        yield f"{share(lacking, rows['train'], 'training rows')} don't learn the end-of-sequence token {report['eos']['token']}"
     if report["bos"] and (twice := sum(n for k, n in report["bos"]["rows_by_count"].items() if int(k) > 1)):
-        yield f"{_share(twice, rows['train'], 'training rows')} begin with {report['bos']['token']} more than once"
+        yield f"{share(twice, rows['train'], 'training rows')} begin with {report['bos']['token']} more than once"
     if "labels" in report:
         counts = report["labels"]["train"]
         most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
@@ -160,7 +160,3 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
 
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _share(part: int, whole: int, what: str) -> str:
-    return f"{part:,} of {whole:,} {what} ({part / max(1, whole):.1%})"

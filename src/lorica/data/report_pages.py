@@ -87,12 +87,10 @@ def _lengths(report: dict[str, Any]) -> Iterator[Any]:
         ("completions", "answers at their end"),
         ("turns", "conversations by whole turns"),
     )
-    listing = ", ".join(f"{cut[k]:,} {words}" for k, words in what if cut[k])
+    listing = ", ".join(f"{words} ({cut[k]:,})" for k, words in what if cut[k])
     whole = report["tokens"]["train"]["sum"] + cut["tokens_cut"]
-    yield (
-        f"Shortened to model.max_length={report['max_length']:,}: {_part(cut['rows'], rows)} training rows: {listing}; "
-        f"{_part(cut['tokens_cut'], whole)} tokens were cut."
-    )
+    yield f"Shortened to model.max_length={report['max_length']:,}: {share(cut['rows'], rows, 'training rows')}: {listing}."
+    yield f"Cut: {share(cut['tokens_cut'], whole, 'training tokens')}."
 
 
 def _learnt(report: dict[str, Any]) -> Iterator[Any]:
@@ -101,8 +99,8 @@ def _learnt(report: dict[str, Any]) -> Iterator[Any]:
         yield f"Each of {rows:,} training rows teaches its label."
     else:
         t, eos = report["train_tokens"], report["eos"]
-        yield f"Learnt: {_part(t['supervised'], t['sum'])} training tokens."
-        yield f"The end-of-sequence token {eos['token']} is learnt by {_part(eos['rows_that_learn_it'], rows)} training rows."
+        yield f"Learnt: {share(t['supervised'], t['sum'], 'training tokens')}."
+        yield f"The end-of-sequence token {eos['token']} is learnt by {share(eos['rows_that_learn_it'], rows, 'training rows')}."
     without = report["rows_with_nothing_to_learn"]
     yield f"Training rows with nothing to learn: {without['count']:,}" + (
         f", as {', '.join(without['first'])}." if without["count"] else "."
@@ -157,11 +155,14 @@ def _found(found: dict[str, Any], kinds: dict[str, str], nothing: str) -> Any:
     return ["kind", *(f"{s} rows" for s in SPLITS), "found", "first"], body
 
 
+def share(part: int, whole: int, what: str) -> str:
+    """`12 of 900 test rows (1.3%)`."""
+    return f"{part:,} of {whole:,} {what} ({part / max(1, whole):.1%})"
+
+
 def _part(part: int, whole: int) -> str:
-    """`12 (1.3 %)`; of a whole that is not there, nothing."""
-    if not part:
-        return "0"
-    return f"{part:,} of {whole:,} ({part / whole:.1%})"
+    """A cell: `12 (1.3%)`."""
+    return f"{part:,} ({part / whole:.1%})" if part else "0"
 
 
 def _source(report: dict[str, Any]) -> str:
@@ -258,6 +259,10 @@ def _html(part: Any) -> str:
     if isinstance(part, list):
         return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in part)}</ul>"
     header, body = part
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    rows = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
-    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+    numbers = [bool(body) and all(re.match(r"[\d,.]*( \(.*\))?$", row[i]) for row in body) for i in range(len(header))]
+    cells = [' class="n"' if number else "" for number in numbers]
+    lines = (
+        "".join(f"<{tag}{c}>{html.escape(cell)}</{tag}>" for c, cell in zip(cells, row, strict=True))
+        for tag, row in [("th", header), *(("td", row) for row in body)]
+    )
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

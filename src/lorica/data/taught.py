@@ -46,11 +46,12 @@ def length_figures(counts: np.ndarray[tuple[int], np.dtype[np.int64]]) -> dict[s
     if not len(counts):
         return {"sum": 0}
     width = _round_up(max(1, -(-int(counts.max() + 1) // BARS)))
-    bars = np.bincount(counts // width)
+    first = int(counts.min()) // width
+    bars = np.bincount(counts // width)[first:]
     return {
         "sum": int(counts.sum()),
         **{f"p{p}": int(np.percentile(counts, p)) for p in PERCENTILES},
-        "histogram": {"from": 0, "width": width, "rows": bars.tolist()},
+        "histogram": {"from": first * width, "width": width, "rows": bars.tolist()},
     }
 
 
