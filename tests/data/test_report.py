@@ -318,6 +318,13 @@ def test_a_lower_casing_tokenizer_does_not_bring_names_back(labelled: Any, causa
         assert not [word for word in ("jane", "roe", "2671", "example.com", "example. com") if word in text], file
 
 
+def test_a_bad_row_does_not_tell_either(labelled: Any, tokenizer: Any, tmp_path: Path) -> None:
+    rows = [(news(i), "ab"[i % 2]) for i in range(4)] + [("moved", "jane.doe@example.com"), ("moved", "john.roe@example.com")]
+    report = report_of(labelled(rows, labels=["a", "b"], on_bad_rows="skip"), tokenizer)
+    why = "has the unknown label '••••.•••@•••••••.•••'"
+    assert report["skipped_bad_rows"] == {"count": 2, "by_reason": {why: 2}, "first": [f"train.csv:6 {why}", f"train.csv:7 {why}"]}
+
+
 def test_hostile_rows_stay_text(instructions: Any, tokenizer: Any, tmp_path: Path) -> None:
     evil = "</pre><script>alert(1)</script><img src=x onerror=alert(1)> ``` | x | \u202egnp.exe \x1b[31m"
     data = instructions([(evil + news(i), evil + "</mark>&lt;") for i in range(3)] + [(evil + news(0), "other")])

@@ -50,8 +50,8 @@ def data_report(data: LoricaDataModule) -> dict[str, Any]:
         "dropped_as_duplicates_of_held_out_rows": splits.dropped_as_duplicates,
         "skipped_bad_rows": {
             "count": len(data.faults),
-            "by_reason": data.fault_counts(),
-            "first": [f"{o} {why}" for o, why in data.faults[:20]],
+            "by_reason": _reasons(data.fault_counts()),
+            "first": [f"{o} {personal.masked(why)}" for o, why in data.faults[:20]],
         },
         "train_tokens": {
             "sum": figures["train"].get("sum", 0),
@@ -85,6 +85,14 @@ def data_report(data: LoricaDataModule) -> dict[str, Any]:
         report["labels"] = {split: {name: counts[split][i] for i, name in enumerate(data.labels)} for split in SPLITS}
     report["notes"] = list(_notes(report))
     return report
+
+
+def _reasons(counts: dict[str, int]) -> dict[str, int]:
+    """Why rows were skipped, personal data masked: an unknown label may be an address."""
+    found: Counter[str] = Counter()
+    for why, n in counts.items():
+        found[personal.masked(why)] += n
+    return dict(found)
 
 
 def _eos(encoder: ClassifierEncoder | CausalEncoder, rows: Sequence[Encoded]) -> dict[str, Any] | None:
