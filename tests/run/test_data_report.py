@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from lorica.config import ClassificationDataConfig
+from lorica.data.encoding import ClassifierEncoder
+from lorica.data.registry import build_data
+from lorica.data.report import data_report
 from lorica.models import base
 
 Lorica = Callable[..., tuple[int, str]]
@@ -111,3 +116,16 @@ def test_real_sets_are_within_the_limits(lorica: Lorica, shared: Path, tmp_path:
         assert code == 0, said
     near = json.loads((tmp_path / "ag_news" / "data_report.json").read_text("utf-8"))["duplicates"]["near"]
     assert 0.03 < near["across"]["train-test"] / 7600 < 0.07
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_the_report_of_a_large_set_takes_seconds(shared: Path) -> None:
+    """62,385 rows; in the processor's time, for other work may run beside."""
+    labels = ["negative", "neutral", "positive"]
+    values = {"name": "sentiment", "module": "sentiment", "source": "files", "path": str(shared / "data" / "sentiment"), "labels": labels}
+    data = build_data(ClassificationDataConfig(**values))
+    data.encode(ClassifierEncoder(base.load_tokenizer(base.find_base("sentence-transformers/all-MiniLM-L6-v2", None)), 128))
+    began = time.process_time()
+    report = data_report(data)
+    assert sum(report["rows"].values()) == 62_385 and time.process_time() - began <= 20

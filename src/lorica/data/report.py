@@ -44,7 +44,6 @@ def data_report(data: LoricaDataModule) -> dict[str, Any]:
         "path": config.path if config.source == "files" else None,
         "hub_id": config.hub_id if config.source == "hub" else None,
         "revision": data.revision,
-        "model_reads": "prompts, and learns answers" if isinstance(encoder, CausalEncoder) else "texts, and learns labels",
         "rows": {split: len(splits[split]) for split in SPLITS},
         "split_from": splits.sources,
         "dropped_as_duplicates_of_held_out_rows": splits.dropped_as_duplicates,
