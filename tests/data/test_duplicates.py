@@ -105,6 +105,10 @@ def test_the_same_text_in_other_dress_is_one_group() -> None:
     assert near_duplicates([plain, f"{plain.upper()}!", f"@port {plain} http://x.y/z"], 0.7).groups == [[0, 1, 2]]
 
 
+def test_links_and_names_are_left_out_wherever_they_stand() -> None:
+    assert normalise("@ann See www.x.org/a?b=1 for @bob's (https://t.co/xY) Plan_B, a@b.org!") == "see for s plan b a b org"
+
+
 def test_short_texts_are_not_compared() -> None:
     assert found(["good morning", "Good morning!", "good mornings"]) == set()
 

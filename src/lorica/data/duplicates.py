@@ -28,7 +28,8 @@ CROWD = 24  # texts of one bucket that are all compared with each other
 MOST = 16  # later texts that one is compared with exactly
 SEED = 20_040_913
 
-_ASIDE = re.compile(r"(?:https?://|www\.)\S+|(?<!\w)@\w+|[\W_]+")
+_ASIDE = re.compile(r"(?:https?://|www\.)\S+|(?<!\w)@\w+")
+_MARKS = re.compile(r"[\W_]+")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,10 @@ class Alike:
 
 def normalise(text: str) -> str:
     """What is compared: letters and digits in lower case, single spaces; links and @names left out."""
-    return _ASIDE.sub(" ", text[:LONGEST].casefold()).strip()
+    text = text[:LONGEST].casefold()
+    if "@" in text or "://" in text or "www." in text:
+        text = _ASIDE.sub(" ", text)
+    return _MARKS.sub(" ", text).strip()
 
 
 def without_wording(texts: Sequence[str]) -> list[str]:
