@@ -158,6 +158,31 @@ class DataConfig:
         True,
         "keep the token ids of sets of 2,000 examples or more on disk, where the next run of the same data and tokenizer finds them",
     )
+    report_only: bool = key(False, "stop after the data report: the tokenizer is read, no weights are")
+    near_duplicate_similarity: float | None = key(
+        0.7,
+        "two texts are near duplicates from this Jaccard similarity of their five-character runs on (case, punctuation, links and @names aside); null: the data report does not look for them",
+        low=0.6,
+        high=1.0,
+    )
+    max_leakage: float = key(
+        0.2, "refuse to train where more than this share of the test rows have a near duplicate in training", low=0.0, high=1.0
+    )
+    max_unsupervised: float = key(
+        0.0,
+        "refuse to train where more than this share of the training rows have no token to learn; up to it they are left out",
+        low=0.0,
+        high=1.0,
+    )
+    min_eos_share: float = key(
+        0.01,
+        "refuse to train where less than this share of the training rows teach the end-of-sequence token (causal models); 0: never",
+        low=0.0,
+        high=1.0,
+    )
+    min_label_examples: int = key(
+        1, "refuse to train where a label has fewer training rows (labelled sets); 0: never", unit="examples", low=0
+    )
     num_workers: int = key(0, "loader processes; 0 builds batches in the training process", low=0, high=256)
 
 

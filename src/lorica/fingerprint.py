@@ -33,6 +33,8 @@ HARMLESS = (
         "model.attn_implementation",
     ),
     *("data.name", "data.source", "data.path", "data.hub_id", "data.hub_config", "data.revision", "data.token_cache", "data.num_workers"),
+    *("data.report_only", "data.near_duplicate_similarity", "data.max_leakage", "data.max_unsupervised", "data.min_eos_share"),
+    "data.min_label_examples",
     *("data.max_new_tokens", "data.max_generated_examples", "data.max_test_examples"),
     *("trainer.max_epochs", "trainer.max_steps", "trainer.val_check_interval", "trainer.checkpoint_every_n_steps"),
     *(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorica.config import ConfigError, NotApplicable, WandbLoggerConfig
+from lorica.config import ConfigError, NotApplicable, TrainConfig, WandbLoggerConfig
 from lorica.durable import write_json
 from lorica.screen import Screen
 from lorica.secrets import redact
@@ -97,7 +97,7 @@ def plan_cells(overrides: Sequence[str], compose: Callable[[list[str]], Any]) ->
     Returns:
         (cells, what was left out, in words).
     Raises:
-        ConfigError: for the first cell that can't run, and for keys that a grid sets itself.
+        ConfigError: for the first cell that can't run, for keys that a grid sets itself, and for runs that would not train.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -122,7 +122,7 @@ def plan_cells(overrides: Sequence[str], compose: Callable[[list[str]], Any]) ->
         kept = list(combination)
         while True:
             try:
-                compose([text for text, _ in kept])
+                config = compose([text for text, _ in kept])
                 break
             except NotApplicable as e:
                 useless = [(text, swept) for text, swept in kept if swept and text.partition("=")[0].lstrip("+") == e.where]
@@ -133,6 +133,8 @@ def plan_cells(overrides: Sequence[str], compose: Callable[[list[str]], Any]) ->
                 note = f"{e.where} does not apply to {', '.join(groups) or 'some cells'}"
                 if note not in dropped:
                     dropped.append(note)
+        if isinstance(config, TrainConfig) and config.data.report_only:
+            raise ConfigError("data.report_only", True, "stops before training, and a grid compares what was trained", "leave -m out")
         cells[Cell(tuple(text for text, _ in kept), tuple(text for text, swept in kept if swept))] = None
     return list(cells), dropped
 

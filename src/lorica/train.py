@@ -30,13 +30,14 @@ from lightning.pytorch.loggers import Logger  # noqa: E402
 from lorica import accumulation, checkpoints, evaluation, fingerprint, hardware, launch, loggers, oom, plots, resuming, states, summary  # noqa: E402
 from lorica import callbacks as cb  # noqa: E402
 from lorica.checkpoints import Checkpoints  # noqa: E402
+from lorica.data.gates import check_report  # noqa: E402
 from lorica.data.module import Batching, LoricaDataModule  # noqa: E402
 from lorica.data.registry import build_data  # noqa: E402
-from lorica.data.report import data_report, report_markdown  # noqa: E402
+from lorica.data.report import data_report, write_report  # noqa: E402
 from lorica.metrics_log import MetricsLog  # noqa: E402
 from lorica.models import fitting, weights  # noqa: E402
 from lorica.models.causal_lm import CausalLMModule  # noqa: E402
-from lorica.models.loaded import Loaded, load  # noqa: E402
+from lorica.models.loaded import Loaded, Prepared, load, prepare  # noqa: E402
 from lorica.models.module import LoricaModule  # noqa: E402
 from lorica.models.sequence_classifier import SequenceClassifierModule  # noqa: E402
 
@@ -55,6 +56,7 @@ class Run:
     main: bool
     stop: Stop
     notes: list[str] = field(default_factory=list)
+    reported: bool = False  # the folder holds a data report that the run was refused by
 
     @property
     def weights(self) -> Path:
@@ -68,7 +70,8 @@ def run(config: TrainConfig) -> int:
     Returns:
         0; 1 when training failed (its traceback is in train.log); 75 when it was asked to stop.
     Raises:
-        ConfigError: data, model or hardware can't do what is asked; a folder that was made for the run by its time is removed again.
+        ConfigError: data, model or hardware can't do what is asked; a folder that was made for the run by its time is removed again,
+            unless it holds the data report that says why.
     """
     rank = launch.rank()
     main = rank == 0
@@ -91,6 +94,7 @@ def run(config: TrainConfig) -> int:
         for one in held:
             one.release()
         os.environ.pop("LORICA_RUN", None)
+        os.environ.pop("LORICA_REPORT", None)
 
 
 def _begin(config: TrainConfig, held: list[Held]) -> tuple[str, str | None, bool, list[str]]:
@@ -108,7 +112,7 @@ def _guarded(run: Run, existed: bool) -> int:
     except ConfigError as e:
         screen.log(f"refused: {e}")
         _close_loggers(run)
-        if run.main and not existed and run.config.run_dir is None and last_state(folder) is None:
+        if run.main and not existed and not run.reported and run.config.run_dir is None and last_state(folder) is None:
             screen.close()
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -148,25 +152,23 @@ def _train(run: Run) -> int:
     if saved is not None:
         fingerprint.check_same(run.folder, saved["made_for"]["configuration"], asked)
         began = saved["made_for"]["found"]
-    if run.main:
+    if run.main and not config.data.report_only:
         run.loggers, notes = loggers.build_loggers(config, run.folder, saved)
         run.notes += notes
     data = build_data(config.data, config.seed)
     data.load()
+    if config.data.report_only:
+        _look_at_data(run, data)
+        return 0
     machine = hardware.choose(config.trainer, began.get("precision"))
     run.notes += machine.notes
     if config.trainer.fp8:
         hardware.check_fp8(machine)
-    with screen.counting("tokenising", config.trainer.enable_progress_bar) as progress:
-        loaded = load(config, data, machine, run.folder, run.main, progress)
-    if tokenised := summary.tokenised_line(data):
-        screen.print(tokenised)
+    prepared = _look_at_data(run, data)
+    data.leave_out_unsupervised()
+    loaded = load(config, data, machine, prepared)
     batching = _batching(run, data, loaded, machine)
     data.connect(batching)
-    if run.main:
-        report = data_report(data)
-        write_json(run.folder / "data_report.json", report)
-        write_text(run.folder / "data_report.md", report_markdown(report))
     before = began["compiled layers"] == "yes" if began else None
     compiled = fitting.compiles(config.trainer.compile, before, loaded, machine.device, len(data.plan))
     base = fingerprint.of_base(loaded.base.path, loaded.base.revision)
@@ -245,6 +247,41 @@ def _drill(run: Run, module: LoricaModule, data: LoricaDataModule, machine: hard
         f"{'equal' if exact else 'NOT equal'}: in {machine.precision} up to {bound:.0e} is rounding; {run.folder / 'accumulation.json'}"
     )
     return 0 if exact else 1
+
+
+def _look_at_data(run: Run, data: LoricaDataModule) -> Prepared:
+    """Encode the data, write its report, and refuse what must not be trained on; no weights are read.
+
+    Raises:
+        ConfigError: on every rank, when a limit of the report is broken.
+    """
+    config, screen = run.config, run.screen
+    with screen.counting("tokenising", config.trainer.enable_progress_bar) as progress:
+        prepared = prepare(config, data, run.folder, run.main, progress)
+    if tokenised := summary.tokenised_line(data):
+        screen.print(tokenised)
+    launch.decided_once(lambda: _report(run, data), config.trainer.accelerator, "LORICA_REPORT")
+    return prepared
+
+
+def _report(run: Run, data: LoricaDataModule) -> None:
+    """data_report.*, its time where it is long, and its notes."""
+    began = time.perf_counter()
+    report = data_report(data)
+    write_report(report, run.folder)
+    seconds = time.perf_counter() - began
+    where, only = run.folder / "data_report.html", run.config.data.report_only
+    if only or seconds > 1.0:
+        run.screen.print(f"data report of {sum(report['rows'].values()):,} rows in {duration(seconds)}: {where}")
+    try:
+        check_report(report, run.config.data, run.folder)
+    except ConfigError:
+        run.reported = True
+        raise
+    if only:
+        for note in report["notes"]:
+            run.screen.note(note)
+    run.notes += report["notes"]
 
 
 def _batching(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine) -> Batching:

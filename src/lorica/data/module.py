@@ -185,14 +185,13 @@ class LoricaDataModule(LightningDataModule):
             for split in SPLITS[1:]
         }
         self.scored = scored
-        empty = sum(r.supervised == 0 for r in self.train_rows)
-        if empty:
-            raise ConfigError(
-                "model.max_length",
-                encoder.max_length,
-                f"leaves {empty:,} of {len(self.train_rows):,} training rows with nothing to learn",
-                "a larger model.max_length",
-            )
+
+    def leave_out_unsupervised(self) -> None:
+        """Train without the rows that have nothing to learn; some must remain."""
+        kept = [i for i, row in enumerate(self.train_rows) if row.supervised]
+        if len(kept) < len(self.train_rows):
+            self.train_rows = [self.train_rows[i] for i in kept]
+            self.splits.train = [self.splits.train[i] for i in kept]
 
     def connect(self, batching: Batching) -> None:
         """Plan the training batches."""
