@@ -152,7 +152,7 @@ def _train(run: Run) -> int:
     if saved is not None:
         fingerprint.check_same(run.folder, saved["made_for"]["configuration"], asked)
         began = saved["made_for"]["found"]
-    if run.main and not config.data.report_only:
+    if run.main and not (config.data.report_only or config.drill):
         run.loggers, notes = loggers.build_loggers(config, run.folder, saved)
         run.notes += notes
     data = build_data(config.data, config.seed)

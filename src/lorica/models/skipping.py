@@ -10,8 +10,9 @@ import torch
 class SkipSteps:
     """Watches the gradient of each step.
 
-    Fused AdamW leaves such a step out by itself when it is told on the device (torch's `found_inf`), so that the host does not wait
-    for the device; for other optimisers it does. Under an fp16 scaler, which skips by itself, steps are only counted.
+    The host does not wait for a GPU to tell. Fused AdamW leaves such a step out by itself when it is told on the device (torch's
+    `found_inf`); other optimisers on a GPU are given zeros for such a gradient, so that weights move by what is left of the momentum
+    only. On a CPU the step is left out. Under an fp16 scaler, which skips by itself, steps are only counted.
 
     Attributes:
         skipped: steps so far. in_a_row: of these the last ones without a good one after them.
@@ -34,10 +35,14 @@ class SkipSteps:
             return
         if optimizer.defaults.get("fused"):
             optimizer.found_inf = bad  # type: ignore[attr-defined]
+            return
+        found = [(p, p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if norm.is_cuda:
+            for _, grad in found:
+                grad.masked_fill_(bad.bool(), 0.0)
         elif bool(bad):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            self._held = [(p, p.grad) for p in parameters if p.grad is not None]
-            for p, _ in self._held:
+            self._held = found
+            for p, _ in found:
                 p.grad = None  # optimisers pass over weights without a gradient
 
     def after_update(self) -> None:
