@@ -69,7 +69,8 @@ def run(verb: str, args: list[str]) -> int:
         return run_grid(overrides, lambda cell: compose(verb, cell, flags["config_dir"]), flags["config_dir"])
     config = compose(verb, overrides, flags["config_dir"])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    code: int = importlib.import_module(RUNNERS[verb]).run(config)
+    runner = "lorica.resume_drill" if getattr(config, "drill", None) == "resume" else RUNNERS[verb]
+    code: int = importlib.import_module(runner).run(config)
     if (loggers := sys.modules.get("lorica.loggers")) is not None:
         loggers.leave(code)
     return code

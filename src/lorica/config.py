@@ -369,7 +369,9 @@ class TrainConfig:
         None, "auto: go on from the newest unfinished run, or start fresh; required: refuse without one; or the folder of an unfinished run"
     )
     drill: str | None = key(
-        None, "measure something of this configuration instead of training: accumulation (debug=accumulation)", choices=("accumulation",)
+        None,
+        "measure something of this configuration instead of training: accumulation (debug=accumulation) or resume (debug=resume_drill)",
+        choices=("accumulation", "resume"),
     )
     model: ModelConfig = key(ModelConfig)
     data: DataConfig = key(DataConfig)

@@ -133,8 +133,9 @@ def plan_cells(overrides: Sequence[str], compose: Callable[[list[str]], Any]) ->
                 note = f"{e.where} does not apply to {', '.join(groups) or 'some cells'}"
                 if note not in dropped:
                     dropped.append(note)
-        if isinstance(config, TrainConfig) and config.data.report_only:
-            raise ConfigError("data.report_only", True, "stops before training, and a grid compares what was trained", "leave -m out")
+        if isinstance(config, TrainConfig) and (config.data.report_only or config.drill):
+            key, value = ("drill", config.drill) if config.drill else ("data.report_only", True)
+            raise ConfigError(key, value, "stops before training, and a grid compares what was trained", "leave -m out")
         cells[Cell(tuple(text for text, _ in kept), tuple(text for text, swept in kept if swept))] = None
     return list(cells), dropped
 

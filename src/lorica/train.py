@@ -55,6 +55,7 @@ class Run:
     resume_from: Path | None
     main: bool
     stop: Stop
+    besides: Sequence[Callback]
     notes: list[str] = field(default_factory=list)
     reported: bool = False  # the folder holds a data report that the run was refused by
 
@@ -64,9 +65,11 @@ class Run:
         return self.folder / ("adapter" if self.config.model.lora is not None else "model")
 
 
-def run(config: TrainConfig) -> int:
+def run(config: TrainConfig, besides: Sequence[Callback] = ()) -> int:
     """Train, evaluate and write the run folder.
 
+    Args:
+        besides: callbacks that look on, called before ours after each micro-step.
     Returns:
         0; 1 when training failed (its traceback is in train.log); 75 when it was asked to stop.
     Raises:
@@ -82,7 +85,7 @@ def run(config: TrainConfig) -> int:
     try:
         chosen, state, existed, notes = launch.decided_once(lambda: _begin(config, held), config.trainer.accelerator, "LORICA_RUN")
         folder = Path(chosen)
-        the_run = Run(config, folder, Screen(folder / "train.log", rank), [], Path(state) if state else None, main, stop, notes)
+        the_run = Run(config, folder, Screen(folder / "train.log", rank), [], Path(state) if state else None, main, stop, besides, notes)
         return _guarded(the_run, existed)
     except Interrupted as e:  # before there was a run
         print(f"lorica: {e}: interrupted before any state was saved", file=sys.stderr)
@@ -355,7 +358,7 @@ def _assemble(
     save_after = (lambda step: step % every == 0 or step == plan.steps) if every else set(points).__contains__
     progress = cb.ShowProgress(run.screen, record, plan.steps, t.enable_progress_bar)
     skipped = cb.SkippedSteps(t.max_skipped_steps, t.log_every_n_steps, data.rows_of_step, run.screen.note)
-    parts: list[Callback] = [throughput, cb.SeedSteps(config.seed), skipped, record, evaluate]
+    parts: list[Callback] = [*run.besides, throughput, cb.SeedSteps(config.seed), skipped, record, evaluate]
     if has_validation:
         parts += [cb.ValidationPoints(points, t.accumulate_grad_batches), keep]
     if t.early_stopping_patience is not None:

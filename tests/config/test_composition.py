@@ -118,8 +118,8 @@ def test_every_experiment_goes_with_every_logger_and_debug(experiment: str) -> N
 def test_every_debug_goes_with_every_model_and_logger(debug: str) -> None:
     for model in OPTIONS["model"]:
         config = compose(f"model={model}", f"debug={debug}")
-        if debug == "accumulation":
-            assert config.drill == "accumulation" and config.trainer == compose(f"model={model}").trainer
+        if debug in ("accumulation", "resume_drill"):
+            assert config.drill == debug.removesuffix("_drill") and config.trainer == compose(f"model={model}").trainer
         elif debug != "anomaly":
             assert config.trainer.max_steps in (2, 60)
             assert (config.trainer.tokens_per_batch, config.trainer.accumulate_grad_batches) == (None, 1)

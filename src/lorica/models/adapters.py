@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,11 @@ def save(model: Any, folder: Path) -> None:
     """Write the adapter in PEFT's own format (safetensors) into an empty folder; resized embeddings go with it."""
     resized = bool(getattr(model.config, "lorica_resized", False))
     model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=resized)
+    file = folder / "adapter_config.json"
+    written = json.loads(file.read_text("utf-8"))
+    if isinstance(written.get("target_modules"), list):  # PEFT holds a set, whose order is another in each process
+        written["target_modules"].sort()
+    file.write_text(json.dumps(written, indent=2, sort_keys=True), "utf-8")
 
 
 def check_files(folder: Path) -> None:
