@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-gpu check format docs clean
+.PHONY: help setup train test test-gpu fuzz check format docs clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,10 @@ test: $(STAMP)  ## every test that needs no GPU
 
 test-gpu: $(STAMP)  ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu
+
+SECONDS ?= 600
+fuzz: $(STAMP)  ## break data files at random and read them, for SECONDS=600
+	$(BIN)/python -m tests.fuzz_readers --seconds $(SECONDS)
 
 check: $(STAMP)  ## lint, types, import contracts
 	$(BIN)/ruff check .
