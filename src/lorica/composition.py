@@ -259,7 +259,9 @@ def _load_run(file: Path) -> Any:
     saved = plain_yaml.read(file, "resume", "resume=auto")
     if not isinstance(saved, dict) or not {"model", "data", "logger"} <= set(saved):
         raise ConfigError("resume", file, "is not the configuration of a run", "resume=auto")
-    return OmegaConf.create(_literal(saved))
+    saved = _literal(saved)
+    plain_yaml.check_value("", saved)
+    return OmegaConf.create(saved)
 
 
 def _literal(node: Any) -> Any:

@@ -24,7 +24,7 @@ PUBLISHED_KINDS = ("csv", "json", "parquet", "arrow", "text")  # of files that a
 SAMPLES = Path(__file__).parent / "samples"
 # A parquet file may unpack to so many bytes: real text packs to a tenth, a few kilobytes that say one thing a billion times don't.
 MOST_UNPACKED, SMALLEST_UNPACKED = 200, 1 << 26
-PARQUET_ROWS, ROW_BYTES = 256, 64  # read at once; counted for each besides its values
+PARQUET_ROWS, ROW_BYTES = 256, 300  # read at once; what each takes besides its values
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,8 @@ def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
     bomb = ConfigError("data.path", path, f"unpacks to more than {MOST_UNPACKED} times its size", "a file written without such repetition")
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        if sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)) > limit:
+        said = file.metadata
+        if ROW_BYTES * said.num_rows + sum(said.row_group(i).total_byte_size for i in range(said.num_row_groups)) > limit:
             raise bomb
         number = unpacked = 0
         for batch in file.iter_batches(batch_size=PARQUET_ROWS):
@@ -240,6 +241,7 @@ def read_hub(config: DataConfig) -> tuple[dict[str, list[Row]], str | None]:
 
     assert config.hub_id is not None
     import datasets
+    import yaml
 
     datasets.disable_progress_bars()
     local = Path(config.hub_id).expanduser().is_dir()
@@ -258,7 +260,7 @@ def read_hub(config: DataConfig) -> tuple[dict[str, list[Row]], str | None]:
                     _check_published(config, builder, local)
                     builder.download_and_prepare()
                 table = builder.as_dataset(split=name)
-            except (ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as e:
+            except (ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError, yaml.YAMLError) as e:
                 raise _hub_mistake(config, split, name, str(e)) from None
             except OSError as e:
                 if not local:
