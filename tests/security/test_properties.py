@@ -35,7 +35,7 @@ MARKS = [
     "  ",
     "'",
 ]
-MARKS += ['"', "|\n", "? ", "<<: ", "%TAG ! x\n", "--- ", "\x85", "\ufeff", "0o7", "1e5", "2001-01-01", "~", "#", "\t", "\\"]
+MARKS += ['"', "'", "|\n", "? ", "<<: ", "%TAG ! x\n", "--- ", "\x85", "\ufeff", "0o7", "1e5", "2001-01-01", "~", "#", "\t", "\\"]
 YAML = st.text(max_size=60) | st.lists(st.sampled_from(MARKS), max_size=25).map("".join)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
