@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-gpu fuzz audit lock setup-locked check format docs clean
+.PHONY: help setup train test faults test-gpu fuzz audit lock setup-locked check format docs clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,7 +24,11 @@ train: $(STAMP)  ## the embedded default: LoRA on MiniLM over the packaged news 
 	$(BIN)/python train.py
 
 test: $(STAMP)  ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not faults"
+
+faults: $(STAMP)  ## every fault test, and 100 runs killed at random moments that must end as if nothing had happened
+	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python tests/faults/kills.py --trials 100 --seed 0
 
 test-gpu: $(STAMP)  ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu

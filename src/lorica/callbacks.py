@@ -1,12 +1,9 @@
-"""What happens around a step: seeding, validation points, progress, evaluation figures, best weights, resumable state."""
+"""What happens around a step: seeding, validation points, progress, evaluation figures, best weights."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +22,11 @@ class SeedSteps(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        seed = ((self.seed * 1_000_003 + batch_idx) * 65_537 + trainer.global_rank) % (1 << 63)
+        self.set(trainer, pl_module, batch_idx)
+
+    def set(self, trainer: Trainer, pl_module: LightningModule, micro_step: int) -> None:
+        """Seed the generators of a micro-step."""
+        seed = ((self.seed * 1_000_003 + micro_step) * 65_537 + trainer.global_rank) % (1 << 63)
         # not torch.manual_seed, which queues the seed with a formatted stack for every kind of device that is not in use: milliseconds
         torch.default_generator.manual_seed(seed)
         if pl_module.device.type in ("cuda", "mps"):
@@ -156,8 +157,6 @@ class RecordLoss(Callback):
         self.last_logged = step
         assert isinstance(pl_module, LoricaModule)
         loss = pl_module.read_loss()
-        if loss != loss or abs(loss) == float("inf"):
-            raise FloatingPointError(f"the training loss is {loss} at step {step}")
         self.history.append((step, loss))
         figures = {"train/loss": loss, "train/lr": self._lr, "train/epoch": self.epoch_at(step)}
         now = self.throughput.elapsed()
@@ -168,6 +167,33 @@ class RecordLoss(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=step)
             logger.save()
+
+
+class SkippedSteps(Callback):
+    """Says which steps were skipped because their gradient was no number, and of which rows they were; ends the run after too many.
+
+    On a CPU each step is looked at; elsewhere every `every` steps, since looking waits for the device.
+
+    Args:
+        most: in a row. rows_of: where the rows of an optimiser step come from. note: tells the user.
+    """
+
+    def __init__(self, most: int, every: int, rows_of: Callable[[int], str], note: Callable[[str], None]) -> None:
+        self.most, self.every, self.rows_of, self.note = most, every, rows_of, note
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert isinstance(pl_module, LoricaModule)
+        step = trainer.global_step
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or (pl_module.device.type != "cpu" and step % self.every):
+            return
+        skipping = pl_module.skipping
+        for bad in skipping.read():
+            self.note(f"step {bad} was skipped: its gradient is NaN or infinite; rows {self.rows_of(bad)}")
+        if skipping.in_a_row >= self.most:
+            raise FloatingPointError(
+                f"trainer.max_skipped_steps={self.most}: so many steps in a row, up to step {step}, had a gradient that is NaN or "
+                f"infinite; the last were rows {self.rows_of(step)}. Try a smaller optimizer.lr or trainer.precision=32-true"
+            )
 
 
 class Evaluate(Callback):
@@ -184,6 +210,7 @@ class Evaluate(Callback):
         self.figures: dict[str, float] = {}
         self.confusion: list[list[int]] | None = None
         self.rows: dict[int, list[float]] = {}  # test row -> its labels' log-probabilities
+        self.at_step: int | None = None  # the step that figures are of, where nothing is left to train
 
     def _start(self, pl_module: LightningModule) -> None:
         if self.metrics is None:
@@ -226,7 +253,7 @@ class Evaluate(Callback):
         if prefix == "val":
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.figures.items()})
         for logger in trainer.loggers:
-            logger.log_metrics(self.figures, step=trainer.global_step)
+            logger.log_metrics(self.figures, step=trainer.global_step if self.at_step is None else self.at_step)
             logger.save()
 
 
@@ -243,6 +270,7 @@ class KeepBest(Callback):
         self.sign = -1.0 if monitor.endswith("loss") else 1.0
         self.best: float | None = None
         self.best_step = 0
+        self.at_step: int | None = None  # the step that is validated, where nothing is left to train
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "best_step": self.best_step}
@@ -251,66 +279,13 @@ class KeepBest(Callback):
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit" or self.monitor not in trainer.callback_metrics:
+        if (trainer.state.fn != "fit" and self.at_step is None) or self.monitor not in trainer.callback_metrics:
             return
         value = float(trainer.callback_metrics[self.monitor])
         if value == value and (self.best is None or self.sign * value > self.sign * self.best):
-            self.best, self.best_step = value, trainer.global_step
+            self.best, self.best_step = value, trainer.global_step if self.at_step is None else self.at_step
             if trainer.is_global_zero:
                 self.write()
-
-
-class Checkpoints(Callback):
-    """Resumable state after given optimiser steps: the newest stays, the one before goes when the newest is on the disk.
-
-    Where a step is also validated, the state is written after the validation, so that a resumed run does not miss it.
-
-    The state also says of which plan and precision it is, and whether early stopping had ended the training.
-
-    Args:
-        steps: whether to save after a step. validated: whether a step is followed by validation.
-        made_for: what a resumed run must agree with; kept in the state. pause: stops the clock of training.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        steps: Callable[[int], bool],
-        validated: Callable[[int], bool],
-        made_for: dict[str, str],
-        pause: Callable[[], None],
-    ) -> None:
-        self.folder, self.steps, self.validated, self.made_for, self.pause = folder, steps, validated, made_for, pause
-        self.stopped = False
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"made_for": self.made_for, "stopped": self.stopped}
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if whole_step and self.steps(trainer.global_step) and not self.validated(trainer.global_step):
-            self._save(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and self.steps(trainer.global_step):
-            self._save(trainer)
-
-    def _save(self, trainer: Trainer) -> None:
-        self.pause()
-        self.stopped = bool(trainer.should_stop)
-        path = self.folder / f"step-{trainer.global_step:09d}.ckpt"
-        temporary = self.folder / f".{path.name}.tmp"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        trainer.save_checkpoint(temporary)
-        if not trainer.is_global_zero:
-            return
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        for old in self.folder.glob("step-*.ckpt"):
-            if old != path:
-                with contextlib.suppress(OSError):
-                    old.unlink()
 
 
 LINE_SECONDS = 15.0  # between two lines of progress where no bar can be drawn

@@ -22,7 +22,7 @@ lorica VERB --help lists the groups and keys of a verb; --cfg job shows what wou
 
 
 def main(verb: str | None = None, argv: Sequence[str] | None = None) -> NoReturn:
-    """Run one verb and exit: 0 done, 1 failed, 2 the user's configuration or files can't be used."""
+    """Run one verb and exit: 0 done, 1 failed, 2 the user's configuration or files can't be used, 75 asked to stop and saved."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         if verb is None:
@@ -70,6 +70,8 @@ def run(verb: str, args: list[str]) -> int:
     config = compose(verb, overrides, flags["config_dir"])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     code: int = importlib.import_module(RUNNERS[verb]).run(config)
+    if (loggers := sys.modules.get("lorica.loggers")) is not None:
+        loggers.leave(code)
     return code
 
 

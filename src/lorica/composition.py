@@ -29,8 +29,8 @@ from lorica.config import (
     TrainConfig,
     fill_recommended,
 )
-from lorica.runs import last_checkpoint
 from lorica.secrets import REDACTED, is_secret_name
+from lorica.states import last_state
 
 OPTIONAL_GROUPS = ("experiment", "debug")  # null unless chosen
 # Sentences, paths and names, taken as they are typed: Hydra's grammar would stumble over their commas, apostrophes and umlauts.
@@ -248,7 +248,7 @@ def _check_resumable(typed: str, folder: Path) -> None:
     """Refuse to go on with a run that is finished, or that has no state to go on from."""
     if (folder / "metrics.json").exists():
         raise ConfigError("resume", typed, "that run is finished (it has a metrics.json)", "a new run without resume")
-    if last_checkpoint(folder) is None:
+    if last_state(folder) is None:
         raise ConfigError("resume", typed, "that run has no checkpoint to go on from", "a new run without resume")
 
 

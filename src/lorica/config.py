@@ -158,6 +158,31 @@ class DataConfig:
         True,
         "keep the token ids of sets of 2,000 examples or more on disk, where the next run of the same data and tokenizer finds them",
     )
+    report_only: bool = key(False, "stop after the data report: the tokenizer is read, no weights are")
+    near_duplicate_similarity: float | None = key(
+        0.7,
+        "two texts are near duplicates from this Jaccard similarity of their five-character runs on (case, punctuation, links and @names aside); null: the data report does not look for them",
+        low=0.6,
+        high=1.0,
+    )
+    max_leakage: float = key(
+        0.2, "refuse to train where more than this share of the test rows have a near duplicate in training", low=0.0, high=1.0
+    )
+    max_unsupervised: float = key(
+        0.0,
+        "refuse to train where more than this share of the training rows have no token to learn; up to it they are left out",
+        low=0.0,
+        high=1.0,
+    )
+    min_eos_share: float = key(
+        0.01,
+        "refuse to train where less than this share of the training rows teach the end-of-sequence token (causal models); 0: never",
+        low=0.0,
+        high=1.0,
+    )
+    min_label_examples: int = key(
+        1, "refuse to train where a label has fewer training rows (labelled sets); 0: never", unit="examples", low=0
+    )
     num_workers: int = key(0, "loader processes; 0 builds batches in the training process", low=0, high=256)
 
 
@@ -271,6 +296,15 @@ class TrainerConfig:
     checkpoint_every_n_steps: int | None = key(
         None, "save the resumable state every so many optimiser steps; null: after every validation", unit="steps", low=1
     )
+    keep_checkpoints: int = key(2, "resumable states that stay: the newest, and those to fall back on should it be damaged", low=1)
+    max_skipped_steps: int = key(
+        10, "steps whose gradient is NaN or infinite are skipped and counted; stop after so many in a row", unit="steps", low=1
+    )
+    on_oom: str = key(
+        "stop",
+        "when a micro-batch does not fit into the GPU's memory: stop and say what to set, or halve it and go on with the same loss (one device, not in 16-mixed)",
+        choices=("stop", "halve"),
+    )
     early_stopping_patience: int | None = key(None, "stop after so many validations without a better result; null: never", low=1)
     log_every_n_steps: int = key(10, "Lightning: steps between two records of the training loss", unit="steps", low=1)
     deterministic: bool = key(False, "Lightning: only kernels that give the same bits each time")
@@ -334,6 +368,9 @@ class TrainConfig:
     resume: str | None = key(
         None, "auto: go on from the newest unfinished run, or start fresh; required: refuse without one; or the folder of an unfinished run"
     )
+    drill: str | None = key(
+        None, "measure something of this configuration instead of training: accumulation (debug=accumulation)", choices=("accumulation",)
+    )
     model: ModelConfig = key(ModelConfig)
     data: DataConfig = key(DataConfig)
     trainer: TrainerConfig = key(TrainerConfig)
@@ -355,7 +392,7 @@ class PredictConfig:
     base: str | None = key(None, "load the base model from here instead of where it was at training time")
     batch_size: int | None = key(
         None,
-        "texts answered at once; null: 32, or where labels are scored on a GPU as many as have 16,384 tokens together",
+        "texts answered at once; null: 32, or where labels are scored on a GPU as many as the width allows (16,384 tokens of Mistral-7B)",
         unit="examples",
         low=1,
     )

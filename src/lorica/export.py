@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lorica.config import ConfigError, MergeConfig, TrainerConfig
-from lorica.runs import TASK_FILE, read_task, replaced_folder, write_json
+from lorica.durable import replaced_folder, write_json
+from lorica.runs import TASK_FILE, read_task
 from lorica.screen import Screen, quiet_libraries
 
 quiet_libraries()

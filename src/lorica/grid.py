@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorica.config import ConfigError, NotApplicable, WandbLoggerConfig
-from lorica.runs import write_json
+from lorica.config import ConfigError, NotApplicable, TrainConfig, WandbLoggerConfig
+from lorica.durable import write_json
 from lorica.screen import Screen
 from lorica.secrets import redact
+from lorica.signals import EXIT_CODE
 
 GRIDS = Path("outputs") / "grids"
 KEPT_LINES = 20  # of a failed run's stderr
@@ -72,9 +73,9 @@ def run_grid(overrides: Sequence[str], compose: Callable[[list[str]], Any], conf
         else:
             screen.print(f"[{number}/{len(cells)}] {cell.name}")
             code = _run_cell(cell, run_dir, folder.name, compose, config_dir)
-            if code == 130:
+            if code in (130, EXIT_CODE):
                 screen.print("interrupted; the same command goes on with the runs that are not done")
-                return 130
+                return code
         records.append(_record(cell, run_dir))
     write_json(folder / "grid.json", {"overrides": list(overrides), "cells": records})
     _table(screen, records)
@@ -96,7 +97,7 @@ def plan_cells(overrides: Sequence[str], compose: Callable[[list[str]], Any]) ->
     Returns:
         (cells, what was left out, in words).
     Raises:
-        ConfigError: for the first cell that can't run, and for keys that a grid sets itself.
+        ConfigError: for the first cell that can't run, for keys that a grid sets itself, and for runs that would not train.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -121,7 +122,7 @@ def plan_cells(overrides: Sequence[str], compose: Callable[[list[str]], Any]) ->
         kept = list(combination)
         while True:
             try:
-                compose([text for text, _ in kept])
+                config = compose([text for text, _ in kept])
                 break
             except NotApplicable as e:
                 useless = [(text, swept) for text, swept in kept if swept and text.partition("=")[0].lstrip("+") == e.where]
@@ -132,6 +133,8 @@ def plan_cells(overrides: Sequence[str], compose: Callable[[list[str]], Any]) ->
                 note = f"{e.where} does not apply to {', '.join(groups) or 'some cells'}"
                 if note not in dropped:
                     dropped.append(note)
+        if isinstance(config, TrainConfig) and config.data.report_only:
+            raise ConfigError("data.report_only", True, "stops before training, and a grid compares what was trained", "leave -m out")
         cells[Cell(tuple(text for text, _ in kept), tuple(text for text, swept in kept if swept))] = None
     return list(cells), dropped
 
@@ -151,7 +154,7 @@ def _run_cell(cell: Cell, run_dir: Path, group: str, compose: Callable[[list[str
         code, said = _call([sys.executable, "-m", "lorica", "train", *flags, *cell.overrides, *added], environment)
     except KeyboardInterrupt:
         return 130
-    if code:
+    if code and code != EXIT_CODE:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_json(run_dir / "failed.json", {"exit_code": code, "overrides": cell.overrides, "stderr": [redact(line) for line in said]})
     else:
@@ -176,6 +179,13 @@ def _call(command: list[str], environment: dict[str, str]) -> tuple[int, list[st
     reader.start()
     try:
         code = process.wait()
+    except KeyboardInterrupt:  # the run got it too, and saves its state; once more ends it
+        try:
+            process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        raise
     except BaseException:
         process.kill()
         raise

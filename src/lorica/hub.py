@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import socket
 from collections.abc import Iterator
@@ -18,6 +19,29 @@ CONNECT_SECONDS = 3.0
 def offline() -> bool:
     """Whether the user asked for no network (HF_HUB_OFFLINE)."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+
+
+def answers(url: str, seconds: float) -> bool:
+    """Whether the address answers at all, be it with an error, within so many seconds: a connection alone may open and stay silent."""
+    import threading
+    import urllib.error
+    import urllib.request
+
+    result: list[bool] = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+        except urllib.error.HTTPError:
+            pass
+        except (OSError, ValueError, http.client.HTTPException):
+            return
+        result.append(True)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(result)
 
 
 def reachable(url: str, seconds: float = CONNECT_SECONDS) -> bool:

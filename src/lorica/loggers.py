@@ -2,52 +2,44 @@
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import dataclasses
 import netrc
 import os
 import secrets
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 
 from lorica.config import ConfigError, TrainConfig, WandbLoggerConfig
-from lorica.hub import reachable
+from lorica.durable import write_text
+from lorica.hub import answers
+from lorica.metrics_log import MetricsLog
 from lorica.secrets import redact, redact_tree
 
 WANDB_HOST = "https://api.wandb.ai"
+ANSWER_SECONDS = 2.0
+INIT_SECONDS = 3.0
+
+_given_up: list[str] = []  # W&B runs of this process that could not be closed
+FINISH_SECONDS = 2.0  # between two looks whether an upload can still end
 
 
-def build_loggers(config: TrainConfig, run_dir: Path, resumed_step: int | None) -> tuple[list[Logger], str]:
-    """(the loggers, what to tell the user or "")."""
-    loggers: list[Logger] = [_csv(run_dir, resumed_step)]
+def build_loggers(config: TrainConfig, run_dir: Path, resumed: dict[str, Any] | None) -> tuple[list[Logger], list[str]]:
+    """(the loggers, metrics.csv's first; what to tell the user).
+
+    Args:
+        resumed: what a checkpoint says of the loggers: `log`, the place of metrics.csv, and `wandb_id`.
+    """
+    log = MetricsLog(run_dir / "metrics.csv", resumed["log"] if resumed is not None else None)
+    notes = [log.lost] if log.lost else []
     if not isinstance(config.logger, WandbLoggerConfig):
-        return loggers, ""
-    wandb_logger, note = _wandb(config, config.logger, run_dir)
-    return [*loggers, wandb_logger], note
-
-
-def _csv(run_dir: Path, resumed_step: int | None) -> CSVLogger:
-    """metrics.csv in the run folder. A resumed run goes on in the same file, after the rows up to the step it resumes from;
-    Lightning's writer would delete them."""
-    file = run_dir / "metrics.csv"
-    header: list[str] = []
-    kept: list[dict[str, str]] = []
-    if file.is_file() and resumed_step is not None:
-        with file.open(newline="") as f:
-            reader = csv.DictReader(f)
-            kept = [row for row in reader if int(float(row["step"])) <= resumed_step]
-            header = list(reader.fieldnames or [])
-    logger = CSVLogger(save_dir=str(run_dir), name="", version="", flush_logs_every_n_steps=10**9)
-    logger.experiment.metrics_keys = header
-    if kept:
-        with file.open("w", newline="") as f:
-            writer = csv.DictWriter(f, header)
-            writer.writeheader()
-            writer.writerows(kept)
-    return logger
+        return [log], notes
+    wandb_logger, note = _wandb(config, config.logger, run_dir, resumed["wandb_id"] if resumed is not None else None)
+    return [log, wandb_logger], [*notes, note]
 
 
 def has_wandb_key() -> bool:
@@ -61,8 +53,13 @@ def has_wandb_key() -> bool:
         return False
 
 
+def wandb_answers() -> bool:
+    """Whether W&B can be asked anything, found out within 2 s."""
+    return answers(os.environ.get("WANDB_BASE_URL", WANDB_HOST), ANSWER_SECONDS)
+
+
 def wandb_mode(asked: str) -> tuple[str, str]:
-    """(online or offline, why it is offline or ""). Found out within 4 s.
+    """(online or offline, why it is offline or ""). Found out within 2 s.
 
     Raises:
         ConfigError: online was asked for and can't be had.
@@ -71,8 +68,8 @@ def wandb_mode(asked: str) -> tuple[str, str]:
         return "offline", ""
     if not has_wandb_key():
         why = "no W&B key (WANDB_API_KEY, or `wandb login`)"
-    elif not reachable(os.environ.get("WANDB_BASE_URL", WANDB_HOST)):
-        why = "W&B can't be reached"
+    elif not wandb_answers():
+        why = "W&B does not answer"
     else:
         return "online", ""
     if asked == "online":
@@ -80,13 +77,16 @@ def wandb_mode(asked: str) -> tuple[str, str]:
     return "offline", why
 
 
-def _wandb(config: TrainConfig, settings: WandbLoggerConfig, run_dir: Path) -> tuple[Logger, str]:
+def _wandb(config: TrainConfig, settings: WandbLoggerConfig, run_dir: Path, run_id: str | None) -> tuple[Logger, str]:
     mode, why = wandb_mode(settings.mode)
     sys.argv = [redact(a) for a in sys.argv]  # wandb records it
     try:
         import wandb
-        from lightning.pytorch.loggers import WandbLogger
+    except ImportError:
+        raise ConfigError("logger", "wandb", "the package wandb is not installed", "pip install wandb") from None
+    from lightning.pytorch.loggers import WandbLogger
 
+    def open_as(mode: str) -> Logger:
         logger = WandbLogger(
             project=redact(settings.project),
             name=redact(settings.run_name or run_dir.name),
@@ -95,33 +95,41 @@ def _wandb(config: TrainConfig, settings: WandbLoggerConfig, run_dir: Path) -> t
             tags=redact_tree(settings.tags),
             save_dir=str(run_dir),
             offline=mode == "offline",
-            id=_run_id(run_dir),
+            id=run_id or wandb_id(run_dir),
             resume="allow" if mode == "online" else None,
             config=redact_tree(dataclasses.asdict(config)),
-            settings=wandb.Settings(console="off", init_timeout=20, disable_git=True, save_code=False, silent=True),
+            settings=wandb.Settings(console="off", init_timeout=INIT_SECONDS, disable_git=True, save_code=False, silent=True),
         )
         _ = logger.experiment
-    except ImportError:
-        raise ConfigError("logger", "wandb", "the package wandb is not installed", "pip install wandb") from None
+        return logger
+
+    try:
+        logger = open_as(mode)
+    except wandb.errors.Error as e:
+        if mode == "offline" or settings.mode == "online":
+            raise ConfigError("logger.mode", settings.mode, str(e).splitlines()[0], "logger.mode=offline") from None
+        mode, why = "offline", f"{type(e).__name__} when the run was begun"
+        logger = open_as(mode)
     note = (
         f"W&B is offline: {why}; later: wandb sync {run_dir}/wandb/offline-run-*" if why else f"W&B is {mode}, project {settings.project}"
     )
     return logger, note
 
 
-def _run_id(run_dir: Path) -> str:
+def wandb_id(run_dir: Path) -> str:
     """The run's W&B id, the same when it is resumed."""
     file = run_dir / ".hydra" / "wandb_id"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(secrets.token_hex(4))
+        write_text(file, secrets.token_hex(4))
     return file.read_text().strip()
 
 
 def finish_wandb(
     loggers: list[Logger], run_dir: Path, weights: Path | None, predictions: list[dict[str, Any]], figures: dict[str, float], failed: bool
-) -> None:
-    """Final figures, a table of predictions, the weights as an artifact; then close the W&B run."""
+) -> str:
+    """Final figures, a table of predictions, the weights as an artifact; then close the W&B run. What to tell the user, or ""."""
+    lost = ""
     for logger in loggers:
         if type(logger).__name__ != "WandbLogger":
             continue
@@ -147,4 +155,31 @@ def finish_wandb(
                 artifact = wandb.Artifact(f"{run_dir.parent.name}-{run.id}".replace("/", "-"), type="model")
                 artifact.add_dir(str(weights))
                 run.log_artifact(artifact)
-        run.finish(exit_code=1 if failed else 0)
+        if not _finish(run, 1 if failed else 0):
+            lost = f"W&B does not answer any more; nothing is lost: wandb sync {run_dir}/wandb/run-*-{run.id}"
+    return lost
+
+
+def _finish(run: Any, exit_code: int) -> bool:
+    """Close a W&B run, waiting for its uploads as long as W&B answers; whether it was closed."""
+    thread = threading.Thread(target=run.finish, kwargs={"exit_code": exit_code}, daemon=True)
+    thread.start()
+    thread.join(FINISH_SECONDS)
+    while thread.is_alive():
+        if not run.settings._offline and not wandb_answers():
+            _given_up.append(run.id)
+            return False
+        thread.join(FINISH_SECONDS)
+    return True
+
+
+def leave(code: int) -> None:
+    """End this process at once where W&B was given up: wandb's exit hooks would wait for it; all they would send is on the disk."""
+    if _given_up:
+        import wandb
+
+        with contextlib.suppress(AttributeError):  # a version that keeps its own process elsewhere: it ends with ours, later
+            wandb.setup()._connection._proc._process.kill()  # type: ignore[union-attr]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

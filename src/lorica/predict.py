@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.config import ConfigError, PredictConfig
-from lorica.runs import write_text
+from lorica.durable import write_text
 from lorica.screen import Screen, quiet_libraries
 
 BATCH = 32  # texts at once

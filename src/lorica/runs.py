@@ -1,4 +1,4 @@
-"""The run folder: what is in it, and how it is written (temporary name in the same folder, fsync, rename). No torch.
+"""The run folder: what is in it, where a run begins or goes on. No torch.
 
 config.yaml        resolved, secrets redacted       adapter/ or model/   the best weights, loadable without Lorica
 metrics.json       final figures; last to be written: its presence means the run is finished
@@ -11,129 +11,150 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
-import shutil
-from collections.abc import Iterator
+import platform
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lorica import beside_weights
 from lorica.config import ConfigError, TrainConfig
+from lorica.durable import write_text
 from lorica.secrets import redact, redact_tree
+from lorica.states import last_state, newest_intact, put_away
 
 TASK_FILE = "lorica.json"  # beside an adapter's or a model's weights: what it answers and how it is asked
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file at once: readers see the old text or the new, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+@dataclass
+class Beginning:
+    """Where a run writes, and where it goes on from.
+
+    checkpoint: the state to go on from, checked; None: fresh. existed: whether the folder was there before. notes: what to tell the
+    user. held: keeps other processes out of the folder.
+    """
+
+    folder: Path
+    checkpoint: Path | None
+    existed: bool
+    notes: list[str]
+    held: Held
 
 
-def write_json(path: Path, value: Any) -> None:
-    """`write_text` of JSON, NaN-free."""
-    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not (float("-inf") < value < float("inf")) else value
-
-
-@contextlib.contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, that takes the place of `folder` when all went well."""
-    temporary, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():  # a crash between the two renames
-        os.replace(old, folder)
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # some writers leave files that only their owner reads
-                with file.open("rb") as f:
-                    os.fsync(f.fileno())
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-    finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def choose_run_dir(config: TrainConfig) -> tuple[Path, Path | None]:
-    """(the run's folder, the checkpoint to go on from or None), by run_dir and resume.
+def begin(config: TrainConfig, argv: list[str]) -> Beginning:
+    """Choose the run's folder by run_dir and resume, make it, and keep others out of it.
 
     Raises:
-        ConfigError: resume=required and there is nothing to resume; a finished run would be overwritten.
+        ConfigError: there is nothing to resume where that was required; a finished run would be overwritten; another process trains
+            there; the folder can't be written.
     """
-    family = Path("outputs") / f"{config.data.name}-{config.model.name}"
+    notes: list[str] = []
     if config.resume is not None:
-        candidates = [Path(config.run_dir)] if config.run_dir else _newest_first(family)
-        for folder in candidates:
-            checkpoint = last_checkpoint(folder)
-            if checkpoint is not None and not (folder / "metrics.json").exists():
-                return folder, checkpoint
-        if config.resume == "required":
-            where = config.run_dir or str(family)
-            finished = any((f / "metrics.json").exists() for f in candidates)
-            raise ConfigError(
-                "resume",
-                "required",
-                f"there is no unfinished run with a checkpoint in {where}" + (" (it is finished)" if finished else ""),
-                "resume=auto",
-            )
-    if config.run_dir is not None:
-        folder = Path(config.run_dir)
-        if (folder / "metrics.json").exists():
-            raise ConfigError("run_dir", folder, "holds a finished run", "another run_dir, or none for a new one by time")
-        return folder, None
-    return family / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), None
+        found = _resumable(config, notes)
+        if found is not None:
+            return found
+        notes.append("resume=auto: there is no unfinished run with an intact state; this one is fresh")
+    family = _family(config)
+    folder = Path(config.run_dir) if config.run_dir is not None else family / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    if (folder / "metrics.json").exists():
+        raise ConfigError("run_dir", folder, "holds a finished run", "another run_dir, or none for a new one by time")
+    existed = folder.exists()
+    try:
+        folder = _make(folder, config.run_dir is None)
+        held = Held(folder)
+        if (away := put_away(folder)) is not None:
+            notes.append(f"an earlier start's states are now in {away}")
+        write_config(folder, config, argv)
+    except OSError as e:
+        raise ConfigError("run_dir", folder, f"can't be written ({e.strerror or e})", "run_dir=<a folder of yours>") from None
+    return Beginning(folder, None, existed, notes, held)
+
+
+def _family(config: TrainConfig) -> Path:
+    return Path("outputs") / f"{config.data.name}-{config.model.name}"
+
+
+def _resumable(config: TrainConfig, notes: list[str]) -> Beginning | None:
+    """The unfinished run to go on with, at its newest intact state."""
+    candidates = [Path(config.run_dir)] if config.run_dir else _newest_first(_family(config))
+    for folder in candidates:
+        if last_state(folder) is None or (folder / "metrics.json").exists():
+            continue
+        held = Held(folder)
+        checkpoint, damaged = newest_intact(folder)
+        notes += [f"{what}; it was set aside as damaged-*" for what in damaged]
+        if checkpoint is not None:
+            return Beginning(folder, checkpoint, True, notes, held)
+        held.release()
+    if config.resume == "auto":
+        return None
+    where = config.run_dir or str(_family(config))
+    finished = any((f / "metrics.json").exists() for f in candidates)
+    why = " (it is finished)" if finished else f" ({'; '.join(notes)})" if notes else ""
+    raise ConfigError("resume", config.resume, f"there is no unfinished run with an intact checkpoint in {where}{why}", "resume=auto")
 
 
 def _newest_first(family: Path) -> list[Path]:
     return sorted((f for f in family.glob("*") if f.is_dir()), key=lambda f: f.stat().st_mtime, reverse=True) if family.is_dir() else []
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest resumable state in a run folder."""
-    found = sorted((folder / "checkpoints").glob("step-*.ckpt"))
-    return found[-1] if found else None
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """The optimiser step that a resumable state was written after."""
-    return int(checkpoint.stem.partition("-")[2])
-
-
-def start_run(folder: Path, config: TrainConfig, argv: list[str]) -> Path:
-    """Make the folder (a number is added where it is taken by another start of the same second) and write what was asked for."""
-    if config.run_dir is None and config.resume is None:
-        base, n = folder, 1
-        while True:
-            try:
-                folder.mkdir(parents=True)
-                break
-            except FileExistsError:
-                folder, n = base.with_name(f"{base.name}-{n}"), n + 1
+def _make(folder: Path, by_time: bool) -> Path:
+    """Make the folder; a number is added where a name by time is taken by another start of the same second."""
+    base, n = folder, 1
+    while by_time:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            folder, n = base.with_name(f"{base.name}-{n}"), n + 1
     folder.mkdir(parents=True, exist_ok=True)
-    if last_checkpoint(folder) is None:  # what a resumed run was started with stays until it is known to fit
-        write_config(folder, config, argv)
     return folder
+
+
+class Held:
+    """A run folder that no other process may train in: an advisory lock, which the system gives up when this process ends.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+
+    _open: ClassVar[set[int]] = set()
+
+    def __init__(self, folder: Path) -> None:
+        (folder / ".hydra").mkdir(exist_ok=True)
+        self.descriptor = os.open(folder / ".hydra" / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = os.read(self.descriptor, 100).decode("utf-8", "replace").strip()
+            os.close(self.descriptor)
+            raise ConfigError(
+                "run_dir", folder, f"another process is training there ({who or 'unknown'})", "another run_dir, or wait for it"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        os.ftruncate(self.descriptor, 0)
+        os.write(self.descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+        self._open.add(self.descriptor)
+
+    def release(self) -> None:
+        """Let others in."""
+        if self.descriptor in self._open:
+            self._open.discard(self.descriptor)
+            os.close(self.descriptor)
+
+    @classmethod
+    def leave_to_parent(cls) -> None:
+        """In a forked child (a data worker): the lock must not outlive the process that trains."""
+        for descriptor in cls._open:
+            os.close(descriptor)
+        cls._open.clear()
+
+
+os.register_at_fork(after_in_child=Held.leave_to_parent)
 
 
 def write_config(folder: Path, config: TrainConfig, argv: list[str]) -> None:

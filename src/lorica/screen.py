@@ -42,6 +42,14 @@ class Screen:
             self._file = self._path.open("a", encoding="utf-8", buffering=1)
             self._log = Console(file=self._file, width=110, highlighter=NullHighlighter(), color_system=None)
 
+    @contextlib.contextmanager
+    def _kept_up(self) -> Iterator[None]:
+        """A log that can't be written (the disk is full) ends nothing, and hides no error."""
+        try:
+            yield
+        except OSError:
+            self._log = None
+
     @property
     def is_terminal(self) -> bool:
         """Whether a bar can be drawn."""
@@ -53,13 +61,15 @@ class Screen:
             what, kwargs = redact(what), {"markup": False, "soft_wrap": True, **kwargs}
         self.console.print(what, **kwargs)
         if self._log is not None:
-            self._log.print(what, **kwargs)
+            with self._kept_up():
+                self._log.print(what, **kwargs)
 
     def log(self, text: str) -> None:
         """To the file only: a traceback, say."""
-        self._open()
-        if self._file is not None:
-            self._file.write(redact(text).rstrip("\n") + "\n")
+        with self._kept_up():
+            self._open()
+            if self._file is not None:
+                self._file.write(redact(text).rstrip("\n") + "\n")
 
     def fail(self, text: str, details: str) -> None:
         """A line on the screen, whatever the rank, and the details in the log."""
@@ -121,7 +131,8 @@ class Screen:
     def close(self) -> None:
         """Close the log file."""
         if self._file is not None:
-            self._file.close()
+            with self._kept_up():
+                self._file.close()
             self._path = self._file = self._log = None
 
 

@@ -8,29 +8,36 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lorica.config import ConfigError, TrainConfig
-from lorica.runs import checkpoint_step, choose_run_dir, last_checkpoint, point_latest, start_run, write_config, write_json, write_text
+from lorica.durable import write_json, write_text
+from lorica.runs import Held, begin, point_latest, write_config
 from lorica.screen import Screen, duration, quiet_libraries
+from lorica.signals import EXIT_CODE, Interrupted, Stop
+from lorica.states import last_state, step_of
 
 quiet_libraries()
 
-import torch  # noqa: E402  (after the libraries' noise is off)
+import torch  # noqa: E402
 from lightning.pytorch import Callback, Trainer, seed_everything  # noqa: E402
 from lightning.pytorch.callbacks import EarlyStopping  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 
+from lorica import accumulation, checkpoints, evaluation, fingerprint, hardware, launch, loggers, oom, plots, resuming, states, summary  # noqa: E402
 from lorica import callbacks as cb  # noqa: E402
-from lorica import evaluation, hardware, launch, loggers, plots, summary  # noqa: E402
+from lorica.checkpoints import Checkpoints  # noqa: E402
+from lorica.data.gates import check_report  # noqa: E402
 from lorica.data.module import Batching, LoricaDataModule  # noqa: E402
 from lorica.data.registry import build_data  # noqa: E402
-from lorica.data.report import data_report, report_markdown  # noqa: E402
+from lorica.data.report import data_report, write_report  # noqa: E402
+from lorica.metrics_log import MetricsLog  # noqa: E402
 from lorica.models import fitting, weights  # noqa: E402
 from lorica.models.causal_lm import CausalLMModule  # noqa: E402
-from lorica.models.loaded import Loaded, load  # noqa: E402
+from lorica.models.loaded import Loaded, Prepared, load, prepare  # noqa: E402
 from lorica.models.module import LoricaModule  # noqa: E402
 from lorica.models.sequence_classifier import SequenceClassifierModule  # noqa: E402
 
@@ -47,7 +54,9 @@ class Run:
     loggers: list[Logger]
     resume_from: Path | None
     main: bool
+    stop: Stop
     notes: list[str] = field(default_factory=list)
+    reported: bool = False  # the folder holds a data report that the run was refused by
 
     @property
     def weights(self) -> Path:
@@ -59,125 +68,133 @@ def run(config: TrainConfig) -> int:
     """Train, evaluate and write the run folder.
 
     Returns:
-        0, or 1 when training failed (its traceback is in train.log).
+        0; 1 when training failed (its traceback is in train.log); 75 when it was asked to stop.
     Raises:
-        ConfigError: data, model or hardware can't do what is asked; a folder that was made for the run by its time is removed again.
+        ConfigError: data, model or hardware can't do what is asked; a folder that was made for the run by its time is removed again,
+            unless it holds the data report that says why.
     """
     rank = launch.rank()
     main = rank == 0
-    chosen, state, existed = launch.decided_once(lambda: _start(config), config.trainer.accelerator, "LORICA_RUN")
-    folder, checkpoint = Path(chosen), Path(state) if state else None
-    screen = Screen(folder / "train.log", rank)
-    the_run = Run(config, folder, screen, [], checkpoint, main)
+    stop = Stop()
+    stop.listen()
+    held: list[Held] = []
+    the_run: Run | None = None
     try:
-        if main:
-            the_run.loggers, note = loggers.build_loggers(config, folder, checkpoint_step(checkpoint) if checkpoint else None)
-            the_run.notes += [note] if note else []
-        _train(the_run)
+        chosen, state, existed, notes = launch.decided_once(lambda: _begin(config, held), config.trainer.accelerator, "LORICA_RUN")
+        folder = Path(chosen)
+        the_run = Run(config, folder, Screen(folder / "train.log", rank), [], Path(state) if state else None, main, stop, notes)
+        return _guarded(the_run, existed)
+    except Interrupted as e:  # before there was a run
+        print(f"lorica: {e}: interrupted before any state was saved", file=sys.stderr)
+        return EXIT_CODE
+    finally:
+        stop.close()
+        if the_run is not None:
+            the_run.screen.close()
+        for one in held:
+            one.release()
+        os.environ.pop("LORICA_RUN", None)
+        os.environ.pop("LORICA_REPORT", None)
+
+
+def _begin(config: TrainConfig, held: list[Held]) -> tuple[str, str | None, bool, list[str]]:
+    """(the run's folder, made; the checkpoint to go on from; whether the folder was there before; what to tell the user)."""
+    beginning = begin(config, sys.argv[1:])
+    held.append(beginning.held)
+    return str(beginning.folder), str(beginning.checkpoint) if beginning.checkpoint else None, beginning.existed, beginning.notes
+
+
+def _guarded(run: Run, existed: bool) -> int:
+    """Train; the exit code that says how it ended. What is the user's to mend is raised as it is."""
+    folder, screen = run.folder, run.screen
+    try:
+        return _train(run)
     except ConfigError as e:
         screen.log(f"refused: {e}")
-        loggers.finish_wandb(the_run.loggers, folder, None, [], {}, failed=True)
-        screen.close()
-        if main and not existed and config.run_dir is None:
+        _close_loggers(run)
+        if run.main and not existed and not run.reported and run.config.run_dir is None and last_state(folder) is None:
+            screen.close()
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
-        loggers.finish_wandb(the_run.loggers, folder, None, [], {}, failed=True)
-        saved = last_checkpoint(folder) is not None
-        screen.print(f"interrupted; go on with: python train.py resume={folder}" if saved else "interrupted before any state was saved")
-        return 130
+    except (Interrupted, KeyboardInterrupt, SystemExit) as e:
+        run.stop.ignore()
+        saved = last_state(folder)
+        where = f"saved at step {step_of(saved)}; go on with: python train.py resume={folder}" if saved else "before any state was saved"
+        screen.print(f"interrupted ({str(e) or type(e).__name__}), {where}")
+        _close_loggers(run)
+        return EXIT_CODE
+    except torch.OutOfMemoryError:
+        screen.fail(f"failed: out of memory; the same loss with less: {oom.remedy(run.config)}", traceback.format_exc())
+        _close_loggers(run)
+        return 1
     except Exception as e:
         screen.fail(f"failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}", traceback.format_exc())
-        loggers.finish_wandb(the_run.loggers, folder, None, [], {}, failed=True)
+        _close_loggers(run)
         if os.environ.get("LORICA_VERBOSE"):
             raise
         return 1
-    finally:
-        screen.close()
-        os.environ.pop("LORICA_RUN", None)
-    return 0
 
 
-def _start(config: TrainConfig) -> tuple[str, str | None, bool]:
-    """(the run's folder, made; the checkpoint to go on from; whether the folder was there before)."""
-    folder, checkpoint = choose_run_dir(config)
-    existed = folder.exists()
-    try:
-        folder = start_run(folder, config, sys.argv[1:])
-    except OSError as e:
-        raise ConfigError("run_dir", folder, f"can't be written ({e.strerror})", "run_dir=<a folder of yours>") from None
-    return str(folder), str(checkpoint) if checkpoint else None, existed
+def _close_loggers(run: Run, predictions: Sequence[dict[str, Any]] = (), figures: dict[str, float] | None = None) -> None:
+    """Close W&B's run; without figures the run failed."""
+    upload = run.weights if figures is not None and getattr(run.config.logger, "log_model", False) else None
+    if said := loggers.finish_wandb(run.loggers, run.folder, upload, list(predictions), figures or {}, failed=figures is None):
+        run.screen.note(said)
 
 
-def _resume(run: Run, state: dict[str, Any], data: LoricaDataModule, made_for: dict[str, str]) -> None:
-    """Where training goes on.
-
-    Raises:
-        ConfigError: the checkpoint is of another plan, or of a longer one.
-    """
-    saved = state["callbacks"][cb.Checkpoints.__name__]
-    differing = [name for name, value in saved["made_for"].items() if made_for[name] != value]
-    if differing:
-        raise ConfigError(
-            "resume",
-            run.folder,
-            f"the run was started with {' and '.join(differing)} that differ from now: it can't go on to the same weights",
-            f"resume={run.folder} with nothing else, or a new run",
-        )
-    data.resume_at = int(state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"])
-    if data.resume_at > len(data.plan):
-        raise ConfigError(
-            "resume",
-            run.folder,
-            f"{data.resume_at} micro-steps were trained, more than the {len(data.plan)} that are asked for now",
-            "a larger trainer.max_epochs or trainer.max_steps",
-        )
-    if saved["stopped"]:  # early: only the test is missing
-        data.resume_at = len(data.plan)
-
-
-def _train(run: Run) -> None:
+def _train(run: Run) -> int:
     config, screen, started = run.config, run.screen, time.perf_counter()
     seed_everything(config.seed, workers=True, verbose=False)
+    state = checkpoints.load(run.resume_from) if run.resume_from is not None else None
+    saved = state["callbacks"][Checkpoints.__name__] if state is not None else None
+    asked = fingerprint.of_configuration(config)
+    began: dict[str, str] = {}
+    if saved is not None:
+        fingerprint.check_same(run.folder, saved["made_for"]["configuration"], asked)
+        began = saved["made_for"]["found"]
+    if run.main and not (config.data.report_only or config.drill):
+        run.loggers, notes = loggers.build_loggers(config, run.folder, saved)
+        run.notes += notes
     data = build_data(config.data, config.seed)
     data.load()
-    state = torch.load(run.resume_from, weights_only=True, map_location="cpu") if run.resume_from is not None else None
-    began = state["callbacks"][cb.Checkpoints.__name__]["made_for"] if state is not None else {}
-    machine = hardware.choose(config.trainer, began.get("a precision"))
+    if config.data.report_only:
+        _look_at_data(run, data)
+        return 0
+    machine = hardware.choose(config.trainer, began.get("precision"))
     run.notes += machine.notes
     if config.trainer.fp8:
         hardware.check_fp8(machine)
-    with screen.counting("tokenising", config.trainer.enable_progress_bar) as progress:
-        loaded = load(config, data, machine, run.folder, run.main, progress)
-    if tokenised := summary.tokenised_line(data):
-        screen.print(tokenised)
+    prepared = _look_at_data(run, data)
+    data.leave_out_unsupervised()
+    loaded = load(config, data, machine, prepared)
     batching = _batching(run, data, loaded, machine)
     data.connect(batching)
-    if run.main:
-        report = data_report(data)
-        write_json(run.folder / "data_report.json", report)
-        write_text(run.folder / "data_report.md", report_markdown(report))
-    before = began["compiled layers"] == "yes" if "compiled layers" in began else None
+    before = began["compiled layers"] == "yes" if began else None
     compiled = fitting.compiles(config.trainer.compile, before, loaded, machine.device, len(data.plan))
+    base = fingerprint.of_base(loaded.base.path, loaded.base.revision)
     made_for = {
-        "rows, a seed, batches or devices": data.plan.fingerprint(),
-        "a kind of device": machine.device.type,
-        "a precision": machine.precision,
-        "FP8": "yes" if config.trainer.fp8 else "no",
-        "compiled layers": "yes" if compiled else "no",
+        "configuration": asked,
+        "found": {**fingerprint.of_data(data), **fingerprint.of_machine(machine, compiled, base)},
+        "versions": fingerprint.versions(),
     }
     if state is not None:
-        _resume(run, state, data, made_for)
+        run.notes += resuming.go_on(run.folder, state, data, made_for["found"])
         if run.main:
             write_config(run.folder, config, sys.argv[1:])
-    module, trainer, parts = _assemble(run, data, loaded, machine, made_for)
+    module, trainer, parts = _assemble(run, data, loaded, machine, made_for, saved)
+    if state is not None and run.main:
+        kept = state["callbacks"].get(parts.keep.state_key)
+        run.notes += resuming.mend_best(run.folder, run.weights, kept, module, parts.keep.write)
     _announce(run, data, loaded, machine)
+    fitting.prepare(module, config, machine)
+    if config.drill == "accumulation":
+        return _drill(run, module, data, machine, trainer)
     if run.main:
         point_latest(run.folder)
-    fitting.prepare(module, config, machine)
     if state is None or data.resume_at < len(data.plan):
-        arithmetic = trainer.precision_plugin.train_step_context
-        found = fitting.fit(module, loaded.layers, data, machine, config, compiled, arithmetic, screen.note)
+        if config.trainer.on_oom == "halve":
+            oom.split_where_needed(module, loaded.layers, data, machine, config, trainer, screen.note, state["parts"] if state else 1)
+        found = oom.fit(module, loaded.layers, data, machine, config, compiled, trainer, screen.note)
         if found.seconds or found.recomputed:
             screen.print(f"  layers     {found}; tried in {duration(found.seconds)}")
         for note in found.notes:
@@ -185,13 +202,15 @@ def _train(run: Run) -> None:
         hardware.reset_peak_memory()
         parts.throughput.first_step_after = time.perf_counter() - started
         trainer.fit(module, datamodule=data, ckpt_path=str(run.resume_from) if run.resume_from else None, weights_only=True)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
-    else:  # all was trained before, and only the test is missing
+    else:  # all was trained before, and only the test is missing, or the last validation too
         module.load_state_dict(state["state_dict"])
         for part in (parts.throughput, parts.keep):
             if part.state_key in state["callbacks"]:
                 part.load_state_dict(state["callbacks"][part.state_key])
+        module.skipping.load_state_dict(state["skipped_steps"])
+        parts.evaluate.at_step = parts.keep.at_step = int(state["global_step"])
+        if saved is not None and saved["pending"]:
+            trainer.validate(module, datamodule=data, verbose=False)
     del state
     figures = parts.throughput.figures(trainer)
     if parts.keep.best is None and run.main:
@@ -200,16 +219,69 @@ def _train(run: Run) -> None:
     weights.load(run.weights, module.model)
     figures_of_test, predictions = evaluation.test(data, module, trainer, parts.evaluate)
     if not run.main:
-        return
+        return 0
     if not predictions:
         screen.note("there are no test rows")
     figures |= figures_of_test
+    figures["train/skipped_steps"] = float(module.skipping.skipped)
     figures["memory/peak_gib"] = hardware.peak_memory_gib(machine.device)
     figures["time/total_seconds"] = time.perf_counter() - started
     _finish(run, data, parts, figures, predictions)
     screen.table(f"{config.data.name} with {config.model.name}", summary.closing_rows(figures))
     screen.print(f"run folder  {run.folder}")
     screen.print(f"next        {summary.next_command(run.folder, data)}")
+    return 0
+
+
+def _drill(run: Run, module: LoricaModule, data: LoricaDataModule, machine: hardware.Machine, trainer: Trainer) -> int:
+    """`debug=accumulation`: 0 where the gradients differ by rounding only, else 1."""
+    if machine.world_size > 1:
+        raise ConfigError("trainer.devices", machine.world_size, "debug=accumulation runs on one", "trainer.devices=1")
+    windows = accumulation.measure(module, data, trainer.precision_plugin.train_step_context)
+    computed = machine.compute_dtype if machine.precision != "32-true" else torch.float32
+    found, lines, exact = accumulation.report(windows, computed)
+    write_json(run.folder / "accumulation.json", found)
+    run.screen.facts("accumulation: relative difference from one large batch", lines)
+    bound = found["rounding"]
+    run.screen.print(
+        f"{'equal' if exact else 'NOT equal'}: in {machine.precision} up to {bound:.0e} is rounding; {run.folder / 'accumulation.json'}"
+    )
+    return 0 if exact else 1
+
+
+def _look_at_data(run: Run, data: LoricaDataModule) -> Prepared:
+    """Encode the data, write its report, and refuse what must not be trained on; no weights are read.
+
+    Raises:
+        ConfigError: on every rank, when a limit of the report is broken.
+    """
+    config, screen = run.config, run.screen
+    with screen.counting("tokenising", config.trainer.enable_progress_bar) as progress:
+        prepared = prepare(config, data, run.folder, run.main, progress)
+    if tokenised := summary.tokenised_line(data):
+        screen.print(tokenised)
+    launch.decided_once(lambda: _report(run, data), config.trainer.accelerator, "LORICA_REPORT")
+    return prepared
+
+
+def _report(run: Run, data: LoricaDataModule) -> None:
+    """data_report.*, its time where it is long, and its notes."""
+    began = time.perf_counter()
+    report = data_report(data)
+    write_report(report, run.folder)
+    seconds = time.perf_counter() - began
+    where, only = run.folder / "data_report.html", run.config.data.report_only
+    if only or seconds > 1.0:
+        run.screen.print(f"data report of {sum(report['rows'].values()):,} rows in {duration(seconds)}: {where}")
+    try:
+        check_report(report, run.config.data, run.folder)
+    except ConfigError:
+        run.reported = True
+        raise
+    if only:
+        for note in report["notes"]:
+            run.screen.note(note)
+    run.notes += report["notes"]
 
 
 def _batching(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine) -> Batching:
@@ -257,7 +329,12 @@ class Parts:
 
 
 def _assemble(
-    run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine, made_for: dict[str, str]
+    run: Run,
+    data: LoricaDataModule,
+    loaded: Loaded,
+    machine: hardware.Machine,
+    made_for: dict[str, Any],
+    resumed: dict[str, Any] | None,
 ) -> tuple[LoricaModule, Trainer, Parts]:
     config, t, plan = run.config, run.config.trainer, data.plan
     cls = CausalLMModule if config.model.task == "causal_lm" else SequenceClassifierModule
@@ -277,7 +354,8 @@ def _assemble(
     every = t.checkpoint_every_n_steps
     save_after = (lambda step: step % every == 0 or step == plan.steps) if every else set(points).__contains__
     progress = cb.ShowProgress(run.screen, record, plan.steps, t.enable_progress_bar)
-    parts: list[Callback] = [throughput, cb.SeedSteps(config.seed), record, evaluate]
+    skipped = cb.SkippedSteps(t.max_skipped_steps, t.log_every_n_steps, data.rows_of_step, run.screen.note)
+    parts: list[Callback] = [throughput, cb.SeedSteps(config.seed), skipped, record, evaluate]
     if has_validation:
         parts += [cb.ValidationPoints(points, t.accumulate_grad_batches), keep]
     if t.early_stopping_patience is not None:
@@ -291,7 +369,23 @@ def _assemble(
         mode = "min" if keep.monitor.endswith("loss") else "max"
         parts.append(EarlyStopping(keep.monitor, patience=t.early_stopping_patience, mode=mode, check_on_train_epoch_end=False))
     validated = set(points).__contains__ if has_validation else lambda step: False
-    parts += [cb.Checkpoints(run.folder / "checkpoints", save_after, validated, made_for, throughput.pause), progress]
+    log = run.loggers[0] if run.loggers else None
+    io = checkpoints.DurableIO(lambda: states.retain(run.folder, t.keep_checkpoints))
+    assert log is None or isinstance(log, MetricsLog)
+    parts += [
+        Checkpoints(
+            run.folder,
+            io,
+            checkpoints.When(save_after, validated),
+            made_for,
+            throughput.pause,
+            run.stop,
+            log,
+            loggers.wandb_id(run.folder) if len(run.loggers) > 1 else None,
+            resumed,
+        ),
+        progress,
+    ]
     trainer = Trainer(
         accelerator=machine.accelerator,
         devices=machine.devices,
@@ -313,6 +407,7 @@ def _assemble(
         enable_checkpointing=False,
         use_distributed_sampler=False,
         default_root_dir=str(run.folder),
+        plugins=[io],
     )
     return module, trainer, Parts(throughput, evaluate, keep)
 
@@ -336,7 +431,5 @@ def _finish(run: Run, data: LoricaDataModule, parts: Parts, figures: dict[str, f
     plots.draw_curves(folder / "metrics.csv", folder / "curves.png", parts.keep.monitor, parts.keep.best_step)
     if parts.evaluate.confusion is not None and data.labels is not None and predictions:
         plots.draw_confusion(parts.evaluate.confusion, data.labels, folder / "confusion.png")
-    loggers.finish_wandb(
-        run.loggers, folder, run.weights if getattr(run.config.logger, "log_model", False) else None, predictions, figures, failed=False
-    )
+    _close_loggers(run, predictions, figures)
     write_json(folder / "metrics.json", figures)

@@ -118,7 +118,9 @@ def test_every_experiment_goes_with_every_logger_and_debug(experiment: str) -> N
 def test_every_debug_goes_with_every_model_and_logger(debug: str) -> None:
     for model in OPTIONS["model"]:
         config = compose(f"model={model}", f"debug={debug}")
-        if debug != "anomaly":
+        if debug == "accumulation":
+            assert config.drill == "accumulation" and config.trainer == compose(f"model={model}").trainer
+        elif debug != "anomaly":
             assert config.trainer.max_steps in (2, 60)
             assert (config.trainer.tokens_per_batch, config.trainer.accumulate_grad_batches) == (None, 1)
     for logger in OPTIONS["logger"]:
@@ -521,7 +523,7 @@ def test_the_program_without_a_verb_lists_the_verbs(capsys: pytest.CaptureFixtur
     [
         ("train.py model=rob", "model=roberta_full model=roberta_lora model=roberta_qlora"),
         ("train.py see", "seed="),
-        ("train.py data=sentiment trainer.max_", "trainer.max_epochs= trainer.max_steps="),
+        ("train.py data=sentiment trainer.max_", "trainer.max_epochs= trainer.max_skipped_steps= trainer.max_steps="),
         ("train.py logger=wandb logger.pro", "logger.project="),
         ("predict.py te", "text= text_column="),
     ],

@@ -298,7 +298,7 @@ def test_the_middle_of_too_long_a_prompt_is_cut_out() -> None:
     row = one(CausalEncoder(PLAIN, 8), asked("a b c d e f g h i j", "yes"), truncation)
     assert words(row.ids) == "<s> a b h i j yes </s>"
     assert learnt(row) == "- - - - - - yes </s>"
-    assert truncation == Truncation(prompts=1, tokens_cut=5)
+    assert truncation == Truncation(prompts=1, tokens_cut=5, rows=1)
 
 
 def test_the_end_of_too_long_an_answer_is_cut_off_but_for_eos() -> None:
@@ -306,7 +306,7 @@ def test_the_end_of_too_long_an_answer_is_cut_off_but_for_eos() -> None:
     row = one(CausalEncoder(PLAIN, 8), asked("a", "b c d e f g h i j"), truncation)
     assert words(row.ids) == "<s> a b c d e f </s>"
     assert learnt(row) == "- - b c d e f </s>"
-    assert truncation == Truncation(completions=1, tokens_cut=4)
+    assert truncation == Truncation(completions=1, tokens_cut=4, rows=1)
 
 
 def test_where_both_are_too_long_each_keeps_half() -> None:
@@ -314,7 +314,7 @@ def test_where_both_are_too_long_each_keeps_half() -> None:
     row = one(CausalEncoder(PLAIN, 9), asked("a b c d e f g h", "i j k l m n o p"), truncation)
     assert words(row.ids) == "<s> a b g h i j k </s>"
     assert learnt(row) == "- - - - - i j k </s>"
-    assert truncation == Truncation(prompts=1, completions=1, tokens_cut=9)
+    assert truncation == Truncation(prompts=1, completions=1, tokens_cut=9, rows=1)
 
 
 def test_what_fits_exactly_is_left_whole() -> None:
@@ -514,7 +514,7 @@ def test_too_long_a_text_loses_its_end_and_keeps_its_marks() -> None:
     encoder = ClassifierEncoder(word_tokenizer(single="<s> $A </s>"), 5)
     rows = encoder.encode([Example("", text="a b c d e f g", label=0), Example("", text="a b c", label=0)], truncation)
     assert [words(r.ids) for r in rows] == ["<s> a b c </s>", "<s> a b c </s>"]
-    assert truncation == Truncation(texts=1, tokens_cut=4)
+    assert truncation == Truncation(texts=1, tokens_cut=4, rows=1)
     assert str(truncation) == "1 texts shortened (4 tokens)"
 
 

@@ -563,8 +563,11 @@ def test_evaluation_has_every_row_once_over_all_ranks_with_its_label(write: Writ
         assert seen == {i: e.label for i, e in enumerate(data.splits[split])}
 
 
-def test_rows_that_leave_nothing_to_learn_are_refused(write: Writer) -> None:
+def test_rows_with_nothing_to_learn_can_be_left_out(write: Writer) -> None:
     data = labelled(write, 4)
-    data.load()
-    with pytest.raises(ConfigError, match=r"model\.max_length=64: leaves 4 of 4 training rows with nothing to learn"):
-        data.encode(CausalEncoder(tokenizer(), 64, label_names=["", ""]))
+    data.encode(CausalEncoder(tokenizer(), 64, label_names=["", "b"]))
+    without = [e for e in data.splits.train if e.label == 0]
+    assert without and [r.supervised == 0 for r in data.train_rows] == [e.label == 0 for e in data.splits.train]
+    data.leave_out_unsupervised()
+    assert data.splits.train and len(data.train_rows) == len(data.splits.train)
+    assert all(r.supervised for r in data.train_rows) and all(e.label for e in data.splits.train)

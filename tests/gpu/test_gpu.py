@@ -161,6 +161,29 @@ WAYS = {
 }
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_a_gradient_that_is_no_number_reaches_no_weight(name: str) -> None:
+    """And nobody waits for the device to tell."""
+    from lorica.config import OptimizerConfig
+    from lorica.models.optimizers import build_optimizer
+    from lorica.models.skipping import SkipSteps
+
+    net = torch.nn.Linear(128, 128, bias=False).cuda()
+    optimizer = build_optimizer(net, OptimizerConfig(name=name, lr=0.1), name, fused=True, joined=True)
+    skipping, before = SkipSteps(), net.weight.detach().clone()
+    for step, value in enumerate((1.0, float("nan"), 1.0), 1):
+        assert net.weight.grad is not None
+        net.weight.grad.fill_(value)
+        torch.cuda.set_sync_debug_mode("error" if step == 2 else "default")
+        norm = torch.nn.utils.get_total_norm([p.grad for g in optimizer.param_groups for p in g["params"]])
+        skipping.before_update(optimizer, norm, step, scaled=False)
+        optimizer.step()
+        torch.cuda.set_sync_debug_mode("default")
+        skipping.after_update()
+    assert skipping.read() == [2] and skipping.skipped == 1
+    assert net.weight.isfinite().all() and not torch.equal(net.weight, before)
+
+
 def test_all_ways_to_run_learn_the_same(tmp_path: Path) -> None:
     """Each as a process of its own, all at once."""
     from transformers import AutoModelForCausalLM

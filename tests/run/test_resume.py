@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorica import callbacks, evaluation
+from lorica.runs import Held
 
 Lorica = Callable[..., tuple[int, str]]
 SMALL = ("data.max_train_examples=24", "data.max_validation_examples=8", "data.max_test_examples=8", "trainer.log_every_n_steps=1")
@@ -72,25 +74,80 @@ def test_a_second_training_without_validation_keeps_its_own_weights(tmp_path: Pa
     assert not all(torch.equal(first[name], value) for name, value in _weights(tmp_path / "run").items())
 
 
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was cut off in its test pass, and the file of its rows."""
+    from lorica.cli import main
+
+    folder = tmp_path_factory.mktemp("cut")
+    rows = [f"row number {i} is about {'sport' if i % 2 else 'trade'},{'AB'[i % 2]}" for i in range(60)]
+    (folder / "rows.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    with pytest.MonkeyPatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(evaluation, "test", _fail)
+        main("train", [*SHORT, *_rows(folder / "rows.csv"), f"run_dir={folder / 'run'}"])
+    assert (folder / "run" / "checkpoints").is_dir()
+    return folder
+
+
+def _rows(file: Path) -> list[str]:
+    return ["data=classification", "data.source=files", f"data.path={file}"]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("seed=7", "rows, a seed, batches or devices that differ"),
-        ("trainer.batch_size=3", "rows, a seed, batches or devices that differ"),
-        ("data.max_train_examples=20", "rows, a seed, batches or devices that differ"),
+        ("seed=7", "seed (0 then, 7 now)"),
+        ("trainer.batch_size=3", "trainer.batch_size (4 then, 3 now)"),
+        ("data.max_train_examples=20", "data.max_train_examples (24 then, 20 now)"),
+        ("model.lora.r=4", "model.lora.r (8 then, 4 now)"),
+        ("optimizer.lr=0.5", "optimizer.lr (0.002 then, 0.5 now)"),
         ("trainer.max_steps=2", "more than the 2 that are asked for now"),
+        ("rows", "training rows (24, sha256"),
     ],
 )
-def test_another_plan_is_refused_and_the_run_stays_as_it_was(change: str, says: str, tmp_path: Path, lorica: Lorica) -> None:
-    run = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(evaluation, "test", _fail)
-        assert lorica("train", *SHORT, f"run_dir={run}")[0] == 1
+def test_another_plan_is_refused_and_the_run_stays_as_it_was(change: str, says: str, cut: Path, tmp_path: Path, lorica: Lorica) -> None:
+    shutil.copytree(cut, tmp_path / "cut")
+    run, rows = tmp_path / "cut" / "run", tmp_path / "cut" / "rows.csv"
     before = (run / "config.yaml").read_text()
-    arguments = [a for a in SHORT if a.partition("=")[0] != change.partition("=")[0]]
-    code, printed = lorica("train", *arguments, change, "resume=auto", f"run_dir={run}")
+    if change == "rows":
+        rows.write_text(rows.read_text().replace("sport", "sports"))
+        change = "logger=none"
+    code, printed = lorica("train", *SHORT, *_rows(rows), change, "resume=auto", f"run_dir={run}")
     assert code == 2 and says in " ".join(printed.split()), printed
     assert (run / "config.yaml").read_text() == before and not (run / "metrics.json").exists()
+
+
+def test_harmless_changes_go_on(cut: Path, tmp_path: Path, lorica: Lorica) -> None:
+    shutil.copytree(cut, tmp_path / "cut")
+    run, moved = tmp_path / "cut" / "run", tmp_path / "moved.csv"
+    (tmp_path / "cut" / "rows.csv").rename(moved)
+    cadence = ["trainer.log_every_n_steps=3", "trainer.keep_checkpoints=1", "trainer.checkpoint_every_n_steps=1"]
+    code, printed = lorica(
+        "train", *SHORT, *_rows(moved), "logger=wandb", *cadence, "trainer.max_epochs=2", "resume=auto", f"run_dir={run}"
+    )
+    assert code == 0 and "resumed at micro-step 6" in printed, printed
+    assert [f.name for f in (run / "checkpoints").glob("*.ckpt")] == ["step-000000012.ckpt"]
+
+
+def test_auto_says_when_it_is_fresh(tmp_path: Path, lorica: Lorica) -> None:
+    code, printed = lorica("train", "debug=fast", "resume=auto", f"run_dir={tmp_path / 'run'}")
+    assert code == 0 and "this one is fresh" in printed
+
+
+def test_a_second_process_on_a_run_folder_is_refused(cut: Path, lorica: Lorica) -> None:
+    held = Held(cut / "run")
+    try:
+        code, printed = lorica("train", f"resume={cut / 'run'}")
+    finally:
+        held.release()
+    assert code == 2 and f"another process is training there (process {os.getpid()}" in printed
+
+
+def test_an_earlier_starts_states_are_put_away(cut: Path, tmp_path: Path, lorica: Lorica) -> None:
+    shutil.copytree(cut / "run", tmp_path / "run")
+    code, printed = lorica("train", "debug=fast", f"run_dir={tmp_path / 'run'}")
+    assert code == 0 and "an earlier start's states are now in" in " ".join(printed.split())
+    assert list((tmp_path / "run" / "checkpoints.earlier-1").glob("step-*.ckpt"))
 
 
 def test_no_step_is_logged_twice(tmp_path: Path, lorica: Lorica) -> None:

@@ -98,6 +98,11 @@ class BatchPlan:
         plan = self._epoch(epoch)
         return MicroBatch(plan.windows[window][within * self.world_size + rank], plan.supervised[window], epoch)
 
+    def window_rows(self, step: int) -> list[int]:
+        """The rows of an optimiser step, of all its micro-batches on all ranks."""
+        span = range(step * self.accumulate, (step + 1) * self.accumulate)
+        return [row for k in span for rank in range(self.world_size) for row in self.micro_batch(k, rank).rows]
+
     def epoch_at(self, step: int) -> float:
         """How many epochs are complete after `step` optimiser steps, with the fraction of the one under way."""
         epoch = int(np.searchsorted(self.epoch_ends, step, side="right"))

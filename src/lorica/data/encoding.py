@@ -66,13 +66,14 @@ class Candidates:
 
 @dataclass
 class Truncation:
-    """What was cut to fit `max_length`, in rows."""
+    """What was cut to fit `max_length`, in rows: `rows` of any kind; a row's prompt and answer may both be shortened."""
 
     prompts: int = 0
     completions: int = 0
     turns: int = 0
     texts: int = 0
     tokens_cut: int = 0
+    rows: int = 0
 
     def add(self, other: Truncation) -> None:
         """Count what another counted, too."""
@@ -101,6 +102,7 @@ class ClassifierEncoder:
             for example, row, encoding in zip(chunk, ids, encodings, strict=True):
                 overflow = encoding.overflowing
                 if overflow:
+                    truncation.rows += 1
                     truncation.texts += 1
                     truncation.tokens_cut += sum(len(o.ids) - sum(o.special_tokens_mask) for o in overflow)
                 rows.append(Encoded(row, label=-1 if example.label is None else example.label))
@@ -284,6 +286,7 @@ class CausalEncoder:
     ) -> tuple[array[int], array[int]]:
         """Whole turns first; else the middle of the prompt and the end of the answer, which keeps half of the length and its eos."""
         limit, eos = self.max_length, self.eos
+        truncation.rows += 1
         fitting = [end for _, end in answers if end <= limit]
         if fitting:
             truncation.turns += 1

@@ -23,8 +23,10 @@ from lorica.data.examples import SPLITS, Example, Splits, split_examples
 from lorica.data.readers import SAMPLES, Row, check_columns, read_hub, read_rows, split_files
 from lorica.data.shapes import Shape, shapes
 from lorica.data.token_cache import TokenCache
+from lorica.signals import in_worker
 
 SHOWN_FAULTS = 3
+SHOWN_ROWS = 8
 
 
 class BadRow(ValueError):
@@ -59,6 +61,7 @@ class LoricaDataModule(LightningDataModule):
         self.revision: str | None = config.revision
         self.faults: list[tuple[str, str]] = []  # (origin, why) of rows that were skipped
         self.truncation = Truncation()
+        self.parts = 1  # that a micro-batch is known to need, for the GPU's memory
         self.resume_at = 0  # the micro-step that training starts from
         self.shapes: list[Shape] = []  # sizes that training batches are filled up to, smallest first; none: they stay as they are
         self._splits: Splits | None = None
@@ -182,14 +185,13 @@ class LoricaDataModule(LightningDataModule):
             for split in SPLITS[1:]
         }
         self.scored = scored
-        empty = sum(r.supervised == 0 for r in self.train_rows)
-        if empty:
-            raise ConfigError(
-                "model.max_length",
-                encoder.max_length,
-                f"leaves {empty:,} of {len(self.train_rows):,} training rows with nothing to learn",
-                "a larger model.max_length",
-            )
+
+    def leave_out_unsupervised(self) -> None:
+        """Train without the rows that have nothing to learn; some must remain."""
+        kept = [i for i, row in enumerate(self.train_rows) if row.supervised]
+        if len(kept) < len(self.train_rows):
+            self.train_rows = [self.train_rows[i] for i in kept]
+            self.splits.train = [self.splits.train[i] for i in kept]
 
     def connect(self, batching: Batching) -> None:
         """Plan the training batches."""
@@ -202,6 +204,15 @@ class LoricaDataModule(LightningDataModule):
             world_size=batching.world_size,
             **batching.plan,
         )
+
+    def training_batch(self, k: int, rank: int) -> dict[str, Any]:
+        """What micro-step k of a rank trains on."""
+        m = self.plan.micro_batch(k, rank)
+        return self._collate_train(m.rows, m.window_supervised, m.epoch)
+
+    def batch_of(self, rows: Sequence[int]) -> dict[str, Any]:
+        """Training rows as one batch, whatever the plan makes of them."""
+        return self._collate([self.train_rows[row] for row in rows])
 
     def fill_batches(self) -> None:
         """Let training batches, which must be flat, have few sizes."""
@@ -216,7 +227,7 @@ class LoricaDataModule(LightningDataModule):
         else:
             every = (self.plan.micro_batch(k, rank) for k in range(len(self.plan)) for rank in range(ranks))
             micro = [max(every, key=lambda m: batch_tokens(self.plan.lengths, m.rows or (0,), self.batching.padded))]
-        return [self._collate_train(m.rows, m.window_supervised, m.epoch) for m in micro]
+        return [self._collate_train(m.rows[:: self.parts], m.window_supervised, m.epoch) for m in micro]
 
     def _shape(self, tokens: int) -> Shape:
         """The smallest that holds so many tokens."""
@@ -238,8 +249,20 @@ class LoricaDataModule(LightningDataModule):
         """Micro-steps `resume_at` to the end of the plan, of this rank."""
         dataset = _Planned(self.plan, self.batching.rank, self._collate_train)
         return DataLoader(
-            dataset, batch_size=None, sampler=_From(self), num_workers=self.config.num_workers, pin_memory=torch.cuda.is_available()
+            dataset,
+            batch_size=None,
+            sampler=_From(self),
+            num_workers=self.config.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=in_worker,
         )
+
+    def rows_of_step(self, step: int) -> str:
+        """Where the rows of optimiser step `step`, counted from 1, come from; the first few of all ranks."""
+        per, ranks = self.plan.accumulate, range(self.plan.world_size)
+        steps = range((step - 1) * per, step * per)
+        rows = [self.splits.train[i].origin for k in steps for rank in ranks for i in self.plan.micro_batch(k, rank).rows]
+        return ", ".join(rows[:SHOWN_ROWS]) + (f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else "")
 
     def _collate_train(self, rows: Sequence[int], window_supervised: int, epoch: int) -> dict[str, Any]:
         b = self.batching
@@ -255,7 +278,18 @@ class LoricaDataModule(LightningDataModule):
             "supervised": sum(r.supervised for r in chosen),
             "epoch": epoch,
         }
+        batch["rows"] = list(rows)
         return batch
+
+    def parts_of(self, batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
+        """A training batch as several of about as many rows each, with the same weight; not filled up."""
+        rows: list[int] = batch["rows"]
+        found = []
+        for chosen in [rows[i::parts] for i in range(min(parts, len(rows)))] or [rows]:
+            part = self._collate([self.train_rows[r] for r in chosen or [0]])
+            supervised = sum(self.train_rows[r].supervised for r in chosen)
+            found.append({**part, "weight": batch["weight"], "count": {**batch["count"], "supervised": supervised}, "rows": chosen})
+        return found
 
     def _collate(self, rows: Sequence[Encoded]) -> dict[str, Any]:
         b = self.batching

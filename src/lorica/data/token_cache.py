@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import itertools
 import os
-import tempfile
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lorica import caches
+from lorica import caches, durable
 from lorica.data import encoding
 from lorica.data.encoding import Candidates, CausalEncoder, ClassifierEncoder, Encoded, Progress, Truncation, silent
 from lorica.data.examples import Example
@@ -177,6 +176,17 @@ def _checksum(key: str, arrays: Arrays) -> np.ndarray[Any, Any]:
     return np.frombuffer(digest.digest(), np.uint8)
 
 
+def content_hash(rows: Sequence[Encoded] | Sequence[Candidates]) -> str:
+    """Equal for rows that are the same to a model, in the same order."""
+    if rows and isinstance(rows[0], Candidates):
+        return hashlib.sha256(_checksum("rows", _pack_candidates(rows)).tobytes()).hexdigest()  # type: ignore[arg-type]
+    digest = hashlib.sha256(np.array([(len(r.ids), len(r.labels), r.label) for r in rows], np.int64).tobytes())  # type: ignore[union-attr]
+    for row in rows:
+        digest.update(row.ids)  # type: ignore[union-attr]
+        digest.update(row.labels)  # type: ignore[union-attr]
+    return digest.hexdigest()
+
+
 def read(path: Path) -> Arrays | None:
     """What `write` was given; None where there is no file. A damaged one is removed."""
     try:
@@ -203,23 +213,11 @@ def write(path: Path, arrays: Arrays) -> None:
     """Keep arrays, and remove the files used longest ago that are then too many. Nothing is kept where the folder can't be written."""
     if sum(one.nbytes for one in arrays.values()) > LIMIT:
         return
-    temporary: Path | None = None
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(suffix=".tmp", prefix=".", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(descriptor, "wb") as file:
+        with durable.replacing(path) as file:
             np.savez(file, checksum=_checksum(path.stem, arrays), **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        temporary = None
         _bound(path)
-    except OSError:
-        pass
-    finally:
-        if temporary is not None:
-            _drop(temporary)
 
 
 def _bound(newest: Path) -> None:

@@ -42,15 +42,19 @@ def tile_rows(vocabulary: int) -> int:
 
 def draws(module: Any) -> bool:
     """Whether a module draws random numbers in training: it has dropout, as a layer or as a rate that its forward reads."""
-    return isinstance(module, torch.nn.Module) and any(_drops(m) for m in module.modules())
+    return isinstance(module, torch.nn.Module) and any(map(_drops, module.modules()))
 
 
 def _drops(module: torch.nn.Module) -> bool:
-    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-        return module.p > 0
-    own = vars(module)  # transformers keeps rates as numbers of the module (OPT's dropout, Mistral's attention_dropout) or reads its config
-    rates = {**getattr(own.get("config"), "__dict__", {}), **own}
-    return any("drop" in name and "classifier" not in name and isinstance(rate, float) and rate > 0 for name, rate in rates.items())
+    of_config = drop_rates(getattr(module, "config", None))  # some of transformers' modules read theirs from there
+    return any(rate > 0 for name, rate in {**of_config, **drop_rates(module)}.items() if "classifier" not in name)
+
+
+def drop_rates(owner: Any) -> dict[str, float]:
+    """Rates of dropout by their names: `p` of a dropout layer; numbers of another module (OPT's dropout, Mistral's attention_dropout)."""
+    if isinstance(owner, torch.nn.modules.dropout._DropoutNd):
+        return {"p": owner.p}
+    return {name: rate for name, rate in getattr(owner, "__dict__", {}).items() if "drop" in name and isinstance(rate, float)}
 
 
 def _losses(head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

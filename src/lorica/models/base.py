@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ import torch
 from lorica.beside_weights import check_shards, read_object
 from lorica.checks import positions_of
 from lorica.config import ConfigError, ModelConfig, QuantizationSettings
+from lorica.durable import replaced_folder
 from lorica.hub import hub_errors, resolve_revision
 from lorica.kernels import attention
 from lorica.models.sequence_classifier import takes_flat
@@ -301,9 +301,10 @@ def build_tiny_mistral(folder: Path, seed: int) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = MistralForCausalLM(config)
-    os.makedirs(folder, exist_ok=True)
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_folder(folder) as new:
+        tokenizer.save_pretrained(new)
+        model.save_pretrained(new)
     return folder
 
 

@@ -37,6 +37,10 @@ LAUNCH_BOUND = 0.5  # seconds of a micro-step; in longer ones the host keeps ahe
 WORTH_COMPILING = 60  # micro-steps: compiling takes as long as it saves in about as many
 
 
+class TooLarge(ConfigError):
+    """The largest micro-batch does not fit into the GPU's memory."""
+
+
 @dataclass
 class Fit:
     """How a run's micro-steps will run.
@@ -131,7 +135,8 @@ def fit(
         compiled: see `compiles`; `data` then fills its batches up. arithmetic: a context for forwards (autocast), made anew for each use.
         note: tells the user of what could not be done later.
     Raises:
-        ConfigError: the largest micro-batch does not fit, or not as asked.
+        TooLarge: the largest micro-batch does not fit, or not as asked.
+        ConfigError: what is asked for can't be done.
     """
     trainer, device, asked = config.trainer, machine.device, config.trainer.gradient_checkpointing
     if asked and not len(layers):
@@ -367,10 +372,10 @@ class Fitting:
         gc.collect()
         torch.cuda.empty_cache()
 
-    def _too_large(self, how: str, fix: str) -> ConfigError:
+    def _too_large(self, how: str, fix: str) -> TooLarge:
         tokens = self.batches[-1]["input_ids"].numel()
         have = memory_limit(self.module.device) / 2**30
-        return ConfigError("trainer.tokens_per_batch", tokens, f"does not fit into the GPU's {have:.1f} GiB {how}", fix)
+        return TooLarge("trainer.tokens_per_batch", tokens, f"does not fit into the GPU's {have:.1f} GiB {how}", fix)
 
     def capture(self, accumulate: int, note: Callable[[str], None]) -> CapturedSteps | None:
         """Graphs of the micro-steps of all sizes, for which gradients are made; None, with a note, where one can't be captured."""

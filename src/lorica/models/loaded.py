@@ -1,4 +1,4 @@
-"""The model of a run, made ready to train: base, tokenizer, weights, adapters; the data is encoded for it on the way."""
+"""The model of a run, made ready to train: tokenizer and encoded data first, then weights and adapters."""
 
 from __future__ import annotations
 
@@ -34,15 +34,23 @@ class Loaded:
     layers: Layers
 
 
-def load(
+@dataclass
+class Prepared:
+    """What is known of a model before its weights are read: where they are, its architecture and its tokenizer."""
+
+    base: base.Base
+    architecture: Any
+    tokenizer: Any
+
+
+def prepare(
     config: TrainConfig,
     data: LoricaDataModule,
-    machine: Machine,
     folder: Path,
     main: bool,
     progress: Callable[[int, int], None] | None = None,
-) -> Loaded:
-    """Model and tokenizer on the machine's device, and `data` encoded for them, before the weights are read.
+) -> Prepared:
+    """The tokenizer, and `data` encoded by it.
 
     Args:
         folder: the run's; a tiny Mistral is built there, by the main rank.
@@ -58,13 +66,23 @@ def load(
     found = base.find_base(name, settings.revision)
     architecture = base.load_config(found, settings)
     tokenizer = base.load_tokenizer(found)
-    causal = settings.task == "causal_lm"
     data.encode(
         CausalEncoder(tokenizer, settings.max_length, settings.use_chat_template, data.labels or ())
-        if causal
+        if settings.task == "causal_lm"
         else ClassifierEncoder(tokenizer, settings.max_length),
         progress,
     )
+    return Prepared(found, architecture, tokenizer)
+
+
+def load(config: TrainConfig, data: LoricaDataModule, machine: Machine, prepared: Prepared) -> Loaded:
+    """Weights and adapters on the machine's device.
+
+    Raises:
+        ConfigError: a base that can't do what is asked.
+    """
+    settings = config.model
+    found, architecture, tokenizer = prepared.base, prepared.architecture, prepared.tokenizer
     attn = base.attention_name(settings.attn_implementation, architecture, settings.task, machine.device, machine.compute_dtype)
     torch.manual_seed(config.seed)  # a classifier's head and the adapters start from here
     model = base.load_model(

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from lorica.beside_weights import read_adapter, read_object
 from lorica.config import ConfigError, LoraSettings, ModelConfig, QuantizationSettings
 from lorica.kernels import attention
-from lorica.models import adapters, base
+from lorica.models import adapters, base, weights
 from lorica.runs import read_task, weights_folder
 
 
@@ -38,9 +38,10 @@ def load_trained(run: Path, device: torch.device, base_name: str | None = None, 
         base_name: load the base from here instead of where the adapter says.
         dequantize: load a 4-bit base as plain weights with the values that its 4-bit codes stand for.
     Raises:
-        ConfigError: no weights, or a base that can't be had.
+        ConfigError: no weights, damaged ones, or a base that can't be had.
     """
     folder = weights_folder(run)
+    weights.check_intact(folder)
     task = read_task(folder)
     is_adapter = (folder / "adapter_config.json").is_file()
     task = {**(_guess_adapter(folder) if is_adapter else _guess_model(folder)), **task}
@@ -89,10 +90,10 @@ def _guess_adapter(folder: Path) -> dict[str, Any]:
         "revision": config.get("revision"),
         "max_length": 512,
     }
-    weights = folder / "adapter_model.safetensors"
+    file_of_weights = folder / "adapter_model.safetensors"
     adapters.check_files(folder)
-    if task == "sequence_classification" and weights.is_file():
-        with safe_open(weights, "pt") as file:
+    if task == "sequence_classification" and file_of_weights.is_file():
+        with safe_open(file_of_weights, "pt") as file:
             heads = [k for k in file.keys() if k.endswith(("classifier.weight", "score.weight", "out_proj.weight"))]  # noqa: SIM118
             rows = [file.get_slice(k).get_shape()[0] for k in heads]
         known["labels"] = [f"LABEL_{i}" for i in range(rows[0])] if rows else None

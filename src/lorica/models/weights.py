@@ -6,13 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
-from lorica.config import TrainConfig
+from lorica.config import ConfigError, TrainConfig
 from lorica.data.module import LoricaDataModule
+from lorica.durable import MANIFEST, damage, recover_folder, replaced_folder, write_json, write_text
 from lorica.models import adapters
 from lorica.models.base import Base
-from lorica.runs import TASK_FILE, replaced_folder, write_json, write_text
+from lorica.runs import TASK_FILE
 
 
 def save(folder: Path, config: TrainConfig, data: LoricaDataModule, base: Base, tokenizer: Any, model: Any) -> None:
@@ -32,7 +34,9 @@ def save(folder: Path, config: TrainConfig, data: LoricaDataModule, base: Base, 
         else None,
         "dtype": dtype_name(model),
     }
-    with replaced_folder(folder) as new:
+    check_finite(model, "training")
+    size = sum(p.nbytes for p in model.parameters() if p.requires_grad or config.model.lora is None)
+    with replaced_folder(folder, size) as new:
         if config.model.lora is not None:
             adapters.save(model, new)
         else:
@@ -42,8 +46,35 @@ def save(folder: Path, config: TrainConfig, data: LoricaDataModule, base: Base, 
         write_text(new / "README.md", _card(config, data, base))
 
 
+def check_finite(model: torch.nn.Module, where: str) -> None:
+    """NaN and infinity never get into a file.
+
+    Raises:
+        FloatingPointError: a trained weight holds one.
+    """
+    for name, p in model.named_parameters():
+        if p.requires_grad and not bool(torch.isfinite(p).all()):
+            raise FloatingPointError(f"{name} holds NaN or infinity after {where}; a smaller optimizer.lr is the usual remedy")
+
+
+def check_intact(folder: Path) -> None:
+    """Refuse weights whose files are not those that were written; those that came without a manifest are not looked at.
+
+    Raises:
+        ConfigError: a file is damaged or missing.
+    """
+    if (folder / MANIFEST).exists() and (what := damage(folder / MANIFEST)):
+        raise ConfigError("run", folder, what, "a copy of that folder, or a new run")
+
+
 def load(folder: Path, model: Any) -> None:
-    """Put the weights of adapter/ or model/ back into the model that they were saved from."""
+    """Put the weights of adapter/ or model/ back into the model that they were saved from.
+
+    Raises:
+        ConfigError: they are damaged.
+    """
+    recover_folder(folder)
+    check_intact(folder)
     if (folder / "adapter_config.json").is_file():
         from peft import set_peft_model_state_dict
 

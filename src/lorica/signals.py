@@ -1,0 +1,68 @@
+"""Being asked to stop: SIGTERM, SIGINT and SIGUSR1 (which SLURM sends ahead of time) let the step under way be saved first. No torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command, tried again, goes on
+WORKER_SECONDS = 30  # that a data worker has to end by itself after SIGTERM
+
+
+class Interrupted(BaseException):
+    """The run ends here because it was asked to; no error, so that nothing that handles errors swallows it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class Stop:
+    """Whether this process was asked to stop.
+
+    While `deferred`, a signal is only noted: whoever set it looks at `asked` where it can save. Otherwise, and at a second Ctrl-C,
+    `Interrupted` is raised at once.
+    """
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self.deferred = False
+        self._before: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Take the signals over; again after somebody else did (Lightning does when a fit starts). Main thread only."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for signum in SIGNALS:
+            before = signal.signal(signum, self._note)
+            self._before.setdefault(signum, before)
+
+    def ignore(self) -> None:
+        """Nothing interrupts what is left to do."""
+        self.deferred = True
+
+    def close(self) -> None:
+        """Give the signals back."""
+        self.deferred = False
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before = {}
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        again = self.asked is not None and signum == signal.SIGINT
+        self.asked = signum
+        if again or not self.deferred:
+            raise Interrupted(signum)
+        os.write(2, f"\nlorica: {signal.Signals(signum).name}: the state is saved after this step\n".encode())
+
+
+def in_worker(worker: int) -> None:
+    """Data workers get the signals of their process group too: they go on until the main process has saved and ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(WORKER_SECONDS) and None)
