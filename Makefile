@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test faults test-gpu check format docs clean
+.PHONY: help setup train test faults test-gpu fuzz audit lock setup-locked check format docs clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,24 @@ faults: $(STAMP)  ## every fault test, and 100 runs killed at random moments tha
 test-gpu: $(STAMP)  ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu
 
+SECONDS ?= 600
+fuzz: $(STAMP)  ## break data files at random and read them, for SECONDS=600
+	$(BIN)/python -m tests.fuzz_readers --seconds $(SECONDS)
+
+audit:  ## known vulnerabilities of the pinned versions, by pip-audit; fails within seconds where advisories can't be asked for
+	$(PYTHON) tools/audit.py
+
+lock: $(STAMP)  ## write requirements.lock: the versions of constraints.txt with their sha256
+	$(BIN)/python tools/lock.py
+
+# torch comes first, by version only: its CPU and CUDA builds have hashes of their own. All else must have a hash of the lock file.
+setup-locked:  ## the environment of make setup, every file but torch's checked by its sha256 (Linux on x86-64)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $(STAMP)
+
 check: $(STAMP)  ## lint, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +65,4 @@ docs: $(STAMP)  ## write docs/configuration.md from the schema
 	$(BIN)/python -m lorica.configuration_page docs/configuration.md
 
 clean:  ## remove the environment and caches; outputs stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .venv-audit .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

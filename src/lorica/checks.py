@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,9 @@ def check(config: Any) -> None:
     """
     check_ranges(config)
     if isinstance(config, TrainConfig):
+        for name, value in (("model.name", config.model.name), ("data.name", config.data.name)):
+            if not re.fullmatch(r"[\w-][\w.-]{0,99}", value):
+                raise ConfigError(name, repr(value), "is part of the run folder's name: letters, digits, _, - and . only", f"{name}=mine")
         _check_model(config.model)
         _check_data(config.data)
         _check_logger(config.logger)

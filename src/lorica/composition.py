@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lorica import plain_yaml
 from lorica.checks import ELSEWHERE, check, nearest
 from lorica.config import (
     DATA_SCHEMAS,
@@ -85,7 +86,9 @@ def compose_tree(verb: str, args: Sequence[str], config_dir: str | None = None) 
             _apply(schema, verb, str(name), value)  # one by one: says which key, its value and the nearest valid one
         raise _translate(e) from None
     for name, value in values:
+        plain_yaml.check_value(name, value)
         _apply(tree, verb, name, value)
+    plain_yaml.check_tree(OmegaConf.to_container(tree))
     return tree
 
 
@@ -251,18 +254,14 @@ def _check_resumable(typed: str, folder: Path) -> None:
 
 def _load_run(file: Path) -> Any:
     """A run's config.yaml. It was written resolved: a `${` in it is text."""
-    import yaml
     from omegaconf import OmegaConf
 
-    try:
-        saved = yaml.safe_load(file.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        mark = getattr(e, "problem_mark", None)
-        where = f"line {mark.line + 1}: {e.problem}" if mark else str(e).splitlines()[0]  # type: ignore[union-attr]
-        raise ConfigError("resume", file, f"is damaged ({where})", "resume=auto") from None
+    saved = plain_yaml.read(file, "resume", "resume=auto")
     if not isinstance(saved, dict) or not {"model", "data", "logger"} <= set(saved):
         raise ConfigError("resume", file, "is not the configuration of a run", "resume=auto")
-    return OmegaConf.create(_literal(saved))
+    saved = _literal(saved)
+    plain_yaml.check_value("", saved)
+    return OmegaConf.create(saved)
 
 
 def _literal(node: Any) -> Any:
@@ -281,12 +280,30 @@ def _compose_yaml(verb: str, groups: list[str], config_dir: str | None) -> Any:
 
     # Hydra's own launcher, sweeper, logging and help serve `hydra.main`, not us: without them half as many files are read.
     ConfigStore.instance().repo["hydra"]["config.yaml"].node.defaults = []
+    _read_plainly()
     search = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=verb):
             return hydra_compose(verb, overrides=[*groups, *search])
     except Exception as e:
         raise _translate(e) from None
+
+
+def _read_plainly() -> None:
+    """Have every file that Hydra reads, but for our own, looked at first, wherever a defaults list led."""
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+    from hydra._internal.sources_registry import SourcesRegistry
+    from hydra.core.plugins import Plugins
+
+    class PlainFiles(FileConfigSource):
+        def load_config(self, config_path: str) -> Any:
+            file = Path(self.path) / self._normalize_file_name(config_path)
+            if file.is_file() and not file.resolve().is_relative_to(conf_dir()):
+                plain_yaml.check_file(file, "--config-dir")
+            return super().load_config(config_path)
+
+    Plugins.instance()  # registers its own source, once
+    SourcesRegistry.instance().types["file"] = PlainFiles
 
 
 def _schema(verb: str, loaded: Any) -> Any:
@@ -456,6 +473,8 @@ def _translate(error: BaseException) -> ConfigError:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     for e in chain:
+        if isinstance(e, ConfigError):
+            return e
         if isinstance(e, MissingConfigException):
             group, _, option = (e.missing_cfg_file or "").rpartition("/")
             options = e.options or group_options().get(group, [])

@@ -20,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lorica import beside_weights
 from lorica.config import ConfigError, TrainConfig
 from lorica.durable import write_text
 from lorica.secrets import redact, redact_tree
@@ -201,7 +202,4 @@ def weights_folder(run: Path) -> Path:
 def read_task(folder: Path) -> dict[str, Any]:
     """lorica.json beside the weights, or {} where another tool wrote them."""
     file = folder / TASK_FILE
-    try:
-        return dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
-    except ValueError as e:
-        raise ConfigError("run", file, f"is damaged: {e}") from None
+    return beside_weights.read_task(file) if file.is_file() else {}

@@ -58,7 +58,7 @@ MISTAKES = {
     "flag of Lightning's Trainer": wrong(
         "trainer.limit_train_batches=10", "trainer.limit_train_batches=10: there is no such key", "try: data.max_train_examples="
     ),
-    "code to run": wrong("model._target_=os.system", "model._target_=os.system: there is no such key"),
+    "code to run": wrong("model._target_=os.system", "model._target_=os.system: nothing in a configuration can name code"),
     # values of the wrong type
     "text for a number": wrong("optimizer.lr=abc", "optimizer.lr=abc: must be a number"),
     "share for a whole number": wrong("trainer.max_epochs=2.5", "trainer.max_epochs=2.5: must be a whole number"),
@@ -189,7 +189,7 @@ MORE_MISTAKES = {
     "module that isn't": wrong("data.module=sentment", "data.module=sentment: must be one of", "try: data=sentiment"),
     "logger by its name": wrong("logger.name=wandb", "logger.name=wandb", "try: logger=wandb"),
     "interpolation of nothing": wrong("run_dir=${nope}", "run_dir", "'nope' not found"),
-    "interpolation of a missing variable": wrong("run_dir=${oc.env:LORICA_NOPE}", "run_dir", "'LORICA_NOPE' not found"),
+    "what only the environment says": wrong("run_dir=${oc.env:LORICA_NOPE}", "run_dir", "the resolver oc.env looks up", "$NAME in a shell"),
     "grid that has one bad cell": wrong("-m | model.lora.r=8,0", "model.lora.r=0: must be at least 1", "try: model.lora.r=1"),
     "grid into one folder": wrong("-m | seed=1,2 | run_dir=x", "run_dir=x: a grid sets it for each of its runs"),
     "secret in a configuration": wrong("logger.api_key=0123456789abcdef", "logger.api_key=***: secrets are never", "WANDB_API_KEY"),
@@ -197,7 +197,7 @@ MORE_MISTAKES = {
     "unknown section in a YAML file": wrong(
         "--config-dir | more | experiment=section", "optimzer: there is no such", "try: optimizer={...}"
     ),
-    "YAML that isn't": wrong("--config-dir | more | data=broken", "broken.yaml", "line 1"),
+    "YAML that isn't": wrong("--config-dir | more | data=broken", "broken.yaml", "line 2"),
     "list for a group in YAML": wrong("--config-dir | more | data=list", "data.module"),
     "our own option in another folder": wrong("--config-dir | clash", "--config-dir=", "data=sentiment is an option of ours"),
     "damaged run to resume": wrong("resume=damaged", "damaged/config.yaml", "line 2"),

@@ -443,7 +443,7 @@ def test_another_mistake_of_a_published_set_is_not_said_of_a_split(
     def fails(*args: Any, **kwargs: Any) -> None:
         raise ValueError("Feature type 'Odd' not found.")
 
-    monkeypatch.setattr(datasets, "load_dataset", fails)
+    monkeypatch.setattr(datasets, "load_dataset_builder", fails)
     with pytest.raises(ConfigError, match=r"^data.hub_id=.*Feature type 'Odd' not found"):
         read_hub(published(configurations=False))
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lorica.config import ConfigError
+from lorica.data import templates
 from lorica.data.examples import Example, Message
 
 IGNORE = -100  # torch.nn.functional.cross_entropy's ignore_index
@@ -151,6 +152,8 @@ class CausalEncoder:
     def __init__(self, tokenizer: Any, max_length: int, use_chat_template: bool = True, label_names: Sequence[str] = ()) -> None:
         self.tokenizer, self.max_length, self.label_names = tokenizer, max_length, list(label_names)
         self.chat = bool(use_chat_template and getattr(tokenizer, "chat_template", None))
+        if self.chat:
+            templates.check(tokenizer)
         if tokenizer.eos_token_id is None:
             raise ConfigError("model.base", tokenizer.name_or_path, "its tokenizer has no end-of-sequence token")
         self.eos: int = tokenizer.eos_token_id

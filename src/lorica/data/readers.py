@@ -20,7 +20,11 @@ SPLIT_NAMES = {
     "validation": ("validation", "val", "valid", "dev", "eval"),
     "test": ("test", "testing"),
 }
+PUBLISHED_KINDS = ("csv", "json", "parquet", "arrow", "text")  # of files that a data set on the hub may be made of
 SAMPLES = Path(__file__).parent / "samples"
+# A parquet file may unpack to so many bytes: real text packs to a tenth, a few kilobytes that say one thing a billion times don't.
+MOST_UNPACKED, SMALLEST_UNPACKED = 200, 1 << 26
+PARQUET_ROWS, ROW_BYTES = 256, 300  # read at once; what each takes besides its values
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,8 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[Row]:
     reader = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}.get(path.suffix.lower())
     if reader is None:
         raise ConfigError("data.path", path, f"must end in {', '.join(DATA_ENDINGS)}")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ConfigError("data.path", path, "is no plain file: a pipe or a device may never end")
     try:
         yield from reader(path, columns)
     except OSError as e:
@@ -140,20 +146,37 @@ def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    limit = SMALLEST_UNPACKED + MOST_UNPACKED * path.stat().st_size
+    bomb = ConfigError("data.path", path, f"unpacks to more than {MOST_UNPACKED} times its size", "a file written without such repetition")
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches(batch_size=4096):
-            for i in range(batch.num_rows):
+        said = file.metadata
+        if ROW_BYTES * said.num_rows + sum(said.row_group(i).total_byte_size for i in range(said.num_row_groups)) > limit:
+            raise bomb
+        number = unpacked = 0
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+            unpacked += batch.nbytes + ROW_BYTES * batch.num_rows
+            if unpacked > limit:
+                raise bomb
+            for record in _records(batch):
                 number += 1
-                try:
-                    record = batch.slice(i, 1).to_pylist()[0]
-                except UnicodeDecodeError:
-                    yield Row(f"{path.name}#{number}", {}, "has bytes that are not UTF-8")
-                    continue
-                yield _record(f"{path.name}#{number}", record)
-    except pyarrow.ArrowException as e:
-        raise ConfigError("data.path", path, f"is not a parquet file ({str(e).splitlines()[0]})") from None
+                origin = f"{path.name}#{number}"
+                yield Row(origin, {}, "has bytes that are not UTF-8") if record is None else _record(origin, record)
+    except (pyarrow.ArrowException, ValueError, OverflowError) as e:  # Arrow's own, and Python's of a date that can't be
+        raise ConfigError("data.path", path, f"is not a parquet file that can be read ({(str(e).splitlines() or [''])[0]})") from None
+
+
+def _records(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """A batch's rows as Python's values; None for one whose text has no encoding."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for i in range(batch.num_rows):
+            try:
+                record = batch.slice(i, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                record = None
+            yield record
 
 
 def split_files(path: Path, name: str) -> dict[str, Path]:
@@ -218,20 +241,30 @@ def read_hub(config: DataConfig) -> tuple[dict[str, list[Row]], str | None]:
 
     assert config.hub_id is not None
     import datasets
+    import yaml
 
     datasets.disable_progress_bars()
     local = Path(config.hub_id).expanduser().is_dir()
     revision = config.revision if local else resolve_revision(config.hub_id, config.revision, "dataset", "data.hub_id")
+    builder: Any = None
     rows: dict[str, list[Row]] = {}
     for split, name in (("train", config.train_split), ("validation", config.validation_split), ("test", config.test_split)):
         if name is None:
             continue
         with hub_errors("data.hub_id", config.hub_id, offline_fix="data.source=files data.path=FOLDER, or data.source=sample"):
             try:
-                table = datasets.load_dataset(
-                    os.path.expanduser(config.hub_id), config.hub_config, split=name, revision=None if local else revision
-                )
-            except ValueError as e:
+                if builder is None:
+                    builder = datasets.load_dataset_builder(
+                        os.path.expanduser(config.hub_id), config.hub_config, revision=None if local else revision
+                    )
+                    _check_published(config, builder, local)
+                    builder.download_and_prepare()
+                table = builder.as_dataset(split=name)
+            except (ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError, yaml.YAMLError) as e:
+                raise _hub_mistake(config, split, name, str(e)) from None
+            except OSError as e:
+                if not local:
+                    raise
                 raise _hub_mistake(config, split, name, str(e)) from None
         names = {c: f.names for c, f in table.features.items() if hasattr(f, "names")}
         rows[split] = [
@@ -242,6 +275,18 @@ def read_hub(config: DataConfig) -> tuple[dict[str, list[Row]], str | None]:
             for i, record in enumerate(table, 1)
         ]
     return rows, revision
+
+
+def _check_published(config: DataConfig, builder: Any, local: bool) -> None:
+    """Refuse a published set of other files than tables and texts (archives of pickles, databases), or one that leads out of its folder."""
+    kind = next((k for k in PUBLISHED_KINDS if f".{k}." in f".{type(builder).__module__}."), None)
+    if kind is None:
+        found = type(builder).__module__.rpartition(".")[2]
+        raise ConfigError("data.hub_id", config.hub_id, f"is made of {found} files; {', '.join(PUBLISHED_KINDS)} can be read")
+    folder = os.path.abspath(os.path.expanduser(str(config.hub_id)))
+    for file in (f for files in (builder.config.data_files or {}).values() for f in files) if local else ():
+        if os.path.commonpath([folder, os.path.abspath(str(file))]) != folder or "://" in str(file):
+            raise ConfigError("data.hub_id", config.hub_id, f"names {file}, which is outside its folder")
 
 
 def _hub_mistake(config: DataConfig, split: str, name: str, message: str) -> ConfigError:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorica.beside_weights import read_adapter
 from lorica.checks import nearest
 from lorica.config import ConfigError, LoraSettings
 from lorica.kernels import lora_linear
@@ -97,11 +98,22 @@ def check_files(folder: Path) -> None:
 
 
 def load(model: Any, folder: Path) -> Any:
-    """`model` with the adapter of a folder, for inference."""
+    """`model` with the adapter of a folder, for inference.
+
+    Raises:
+        ConfigError: no safetensors, a configuration that names more than LoRA needs, or weights of another base.
+    """
     from peft import PeftModel
 
     check_files(folder)
-    return _fast(PeftModel.from_pretrained(model, str(folder)))
+    read_adapter(folder / "adapter_config.json")
+    try:
+        loaded = PeftModel.from_pretrained(model, str(folder))
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:  # weights that are damaged, or of another base
+        raise ConfigError("run", folder, f"its adapter does not fit the base: {' '.join(str(e).split())[:300]}") from None
+    return _fast(loaded)
 
 
 def _fast(model: Any) -> Any:

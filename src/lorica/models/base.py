@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lorica.beside_weights import check_shards, read_object
 from lorica.checks import positions_of
 from lorica.config import ConfigError, ModelConfig, QuantizationSettings
 from lorica.durable import replaced_folder
@@ -63,6 +65,7 @@ def find_base(name: str, revision: str | None, key: str = "model.base") -> Base:
             raise ConfigError(key, name, "has no config.json", "a folder that from_pretrained can load")
         if revision is not None and key == "model.base":
             raise ConfigError("model.revision", revision, f"{name} is a folder, which has no revisions", "model.revision=null")
+        check_shards(folder, key)
         return Base(str(folder.resolve()), str(folder.resolve()), None)
     if name in PACKAGED and revision is None:
         package, inner, digest = PACKAGED[name]
@@ -82,6 +85,24 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def _reading(base: Base, key: str, what: str) -> Iterator[None]:
+    """Turn whatever a loader makes of files from anywhere into one line: their values reach its code as they are.
+
+    Raises:
+        ConfigError: for all but a lack of memory.
+    """
+    with hub_errors(key, base.name):
+        try:
+            yield
+        except (ConfigError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as e:
+            if isinstance(e, OSError) and not Path(base.path).is_dir():
+                raise  # the hub's
+            raise ConfigError(key, base.name, f"{what}: {' '.join(str(e).split())[:300] or type(e).__name__}") from None
+
+
 def load_config(base: Base, model: ModelConfig) -> Any:
     """The architecture's configuration.
 
@@ -90,11 +111,10 @@ def load_config(base: Base, model: ModelConfig) -> Any:
     """
     from transformers import AutoConfig
 
-    with hub_errors("model.base", base.name):
-        try:
-            config = AutoConfig.from_pretrained(base.path, revision=base.revision)
-        except (ValueError, KeyError) as e:
-            raise ConfigError("model.base", base.name, f"transformers can't read its configuration: {str(e).splitlines()[0]}") from None
+    if Path(base.path).is_dir():
+        read_object(Path(base.path) / "config.json", "model.base")
+    with _reading(base, "model.base", "transformers can't read its configuration"):
+        config = AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=False)
     positions = positions_of(config.to_dict())
     if positions is not None and model.max_length > positions:
         raise ConfigError("model.max_length", model.max_length, f"{base.name} has {positions} positions", f"model.max_length={positions}")
@@ -105,11 +125,8 @@ def load_tokenizer(base: Base, key: str = "model.base") -> Any:
     """The tokenizer with a pad token that is not eos, right-padded."""
     from transformers import AutoTokenizer
 
-    with hub_errors(key, base.name):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(base.path, revision=base.revision)
-        except (ValueError, KeyError) as e:
-            raise ConfigError(key, base.name, f"its tokenizer can't be read: {str(e).splitlines()[0]}") from None
+    with _reading(base, key, "its tokenizer can't be read"):
+        tokenizer = AutoTokenizer.from_pretrained(base.path, revision=base.revision, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ConfigError(
             key, base.name, "its tokenizer has no fast version (tokenizer.json), which is needed to tell prompts from answers"
@@ -214,11 +231,10 @@ def load_model(
         arguments["quantization_config"] = quantization_config(quantization, dtype, keep)
         arguments["device_map"] = {"": device}
     loader = _loader(model.task)
-    with hub_errors("model.base", base.name):
-        try:
-            loaded, info = loader.from_pretrained(base.path, use_safetensors=True, output_loading_info=True, **arguments)
-        except ValueError as e:
-            raise ConfigError("model.base", base.name, f"can't be loaded for {model.task}: {str(e).splitlines()[0]}") from None
+    with _reading(base, "model.base", f"can't be loaded for {model.task}"):
+        loaded, info = loader.from_pretrained(
+            base.path, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **arguments
+        )
     loaded.lorica_new_modules = _new_modules(base, model.task, info["missing_keys"])
     if len(tokenizer) > loaded.get_input_embeddings().weight.shape[0]:
         loaded.resize_token_embeddings(len(tokenizer))
@@ -296,5 +312,5 @@ def trained_labels(folder: Path) -> list[str]:
     """Class names of a classifier's folder, in order; transformers' own (LABEL_0 ...) where its config.json has none."""
     from transformers import AutoConfig
 
-    names = AutoConfig.from_pretrained(folder).id2label
+    names = AutoConfig.from_pretrained(folder, trust_remote_code=False).id2label
     return [names[k] for k in sorted(names)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from lorica.beside_weights import read_adapter, read_object
 from lorica.config import ConfigError, LoraSettings, ModelConfig, QuantizationSettings
 from lorica.kernels import attention
 from lorica.models import adapters, base, weights
@@ -77,12 +77,12 @@ def load_trained(run: Path, device: torch.device, base_name: str | None = None, 
 
 def _modules_to_save(folder: Path) -> list[str]:
     """Modules that an adapter holds whole; a base in 4 bits must leave them as they are."""
-    return list(json.loads((folder / "adapter_config.json").read_text("utf-8")).get("modules_to_save") or [])
+    return list(read_adapter(folder / "adapter_config.json").get("modules_to_save") or [])
 
 
 def _guess_adapter(folder: Path) -> dict[str, Any]:
     """What PEFT's own files say of an adapter that Lorica did not write."""
-    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    config = read_adapter(folder / "adapter_config.json")
     task = {"SEQ_CLS": "sequence_classification"}.get(str(config.get("task_type")), "causal_lm")
     known: dict[str, Any] = {
         "task": task,
@@ -101,7 +101,7 @@ def _guess_adapter(folder: Path) -> dict[str, Any]:
 
 
 def _guess_model(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    classifier = any("SequenceClassification" in a for a in config.get("architectures") or [])
+    config = read_object(folder / "config.json")
+    classifier = "SequenceClassification" in str(config.get("architectures"))
     labels = base.trained_labels(folder) if classifier else None
     return {"task": "sequence_classification" if classifier else "causal_lm", "base": str(folder), "labels": labels, "max_length": 512}
