@@ -134,7 +134,7 @@ def test_sequences_of_a_filled_batch_end_with_it_none_too_long_and_fillers_teach
 
 def sizes(batch: dict[str, Any]) -> tuple[Any, ...]:
     """All that a compiled or captured step depends on, besides values."""
-    of_rows = ("weight", "count")
+    of_rows = ("weight", "count", "rows")
     return tuple(sorted((k, tuple(v.shape) if isinstance(v, torch.Tensor) else v) for k, v in batch.items() if k not in of_rows))
 
 

@@ -52,7 +52,7 @@ def _wander(model: Any, factor: float) -> None:
 def _folder(tmp_path: Path, tiny_mistral: Path, task: dict[str, Any]) -> Path:
     """A folder as training leaves it."""
     folder = tmp_path / "model"
-    shutil.copytree(tiny_mistral, folder)
+    shutil.copytree(tiny_mistral, folder, ignore=shutil.ignore_patterns("SHA256SUMS"))
     (folder / "lorica.json").write_text(json.dumps({"max_length": 40, "labels": LABELS, **task}))
     return folder
 

@@ -64,7 +64,9 @@ def check_intact(folder: Path) -> None:
         ConfigError: a file is damaged or missing.
     """
     if (folder / MANIFEST).exists() and (what := damage(folder / MANIFEST)):
-        raise ConfigError("run", folder, what, "a copy of that folder, or a new run")
+        raise ConfigError(
+            "run", folder, what, f"a copy of that folder, or a new run; without its {MANIFEST}, if you changed the files yourself"
+        )
 
 
 def load(folder: Path, model: Any) -> None:
