@@ -23,8 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP)  ## the embedded default: LoRA on MiniLM over the packaged news sample, on this machine
 	$(BIN)/python train.py
 
-test: $(STAMP)  ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu and not faults"
+test: $(STAMP)  ## every test that needs no GPU: two at a time, those that measure time by themselves
+	$(BIN)/python -m pytest -m "not gpu and not faults and not alone" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m "alone and not gpu"
 
 faults: $(STAMP)  ## every fault test, and 100 runs killed at random moments that must end as if nothing had happened
 	$(BIN)/python -m pytest tests/faults

@@ -118,10 +118,11 @@ def report(windows: list[Window], dtype: torch.dtype) -> tuple[dict[str, Any], l
     lines = []
     for w in windows:
         beside = "one batch" if w.whole else "one row at a time"
+        cut = f"{w.micro_batches} micro-batch{'es' * (w.micro_batches > 1)}"
         lines += [
             (
                 w.name,
-                f"{w.rows} rows in {w.micro_batches} micro-batch{'es' * (w.micro_batches > 1)}, {w.supervised:,} learnt tokens or texts, beside {beside}",
+                f"{w.rows} rows in {cut}, {w.supervised:,} learnt tokens or texts, beside {beside}",
             ),
             ("  Lorica", f"gradient {w.ours:.1e}  loss {w.loss:.1e}"),
             ("  mean of means", f"gradient {w.stock:.1e}  (stock Lightning)"),

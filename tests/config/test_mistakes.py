@@ -361,6 +361,7 @@ def command_line(mistake: Mistake) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_each_mistake_takes_less_than_a_second(workspace: Path) -> None:
     slow = {}
     for name, mistake in MISTAKES.items():
@@ -372,6 +373,7 @@ def test_each_mistake_takes_less_than_a_second(workspace: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("args", [["--help"], ["--cfg", "job"]], ids=["help", "cfg"])
 def test_help_and_configuration_take_less_than_six_tenths_of_a_second(args: list[str], workspace: Path) -> None:
     done, seconds = timed([sys.executable, str(ROOT / "train.py"), *args], workspace, 0.6, tries=8)

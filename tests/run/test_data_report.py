@@ -121,6 +121,7 @@ def test_real_sets_are_within_the_limits(lorica: Lorica, shared: Path, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.shared
+@pytest.mark.alone
 def test_the_report_of_a_large_set_takes_seconds(shared: Path) -> None:
     """62,385 rows; in the processor's time, for other work may run beside."""
     labels = ["negative", "neutral", "positive"]
