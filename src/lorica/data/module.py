@@ -259,9 +259,7 @@ class LoricaDataModule(LightningDataModule):
 
     def rows_of_step(self, step: int) -> str:
         """Where the rows of optimiser step `step`, counted from 1, come from; the first few of all ranks."""
-        per, ranks = self.plan.accumulate, range(self.plan.world_size)
-        steps = range((step - 1) * per, step * per)
-        rows = [self.splits.train[i].origin for k in steps for rank in ranks for i in self.plan.micro_batch(k, rank).rows]
+        rows = [self.splits.train[i].origin for i in self.plan.window_rows(step - 1)]
         return ", ".join(rows[:SHOWN_ROWS]) + (f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else "")
 
     def _collate_train(self, rows: Sequence[int], window_supervised: int, epoch: int) -> dict[str, Any]:
