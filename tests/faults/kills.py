@@ -2,6 +2,9 @@
 
 Everything is imported once; each run is a fork that is killed with SIGKILL and then, in another fork, goes on. Compared with a run that
 was left alone are, by sha256: the adapter, the last state's optimiser, schedule and weights, and metrics.csv without its rates.
+
+On an NVIDIA GPU, in deterministic mode: `--gpu plain`, or `--gpu fast` for layers compiled and micro-steps captured. There each fork
+imports for itself, since a process that has looked for the GPU can't be forked.
 """
 
 from __future__ import annotations
@@ -20,11 +23,11 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # a parent with threads of its own could not fork children that use theirs
 
 PER_EPOCH = 4  # optimiser steps
@@ -34,11 +37,15 @@ LIMIT = 180.0  # seconds that a run may take
 
 @dataclass(frozen=True)
 class Job:
-    """One kind of run."""
+    """One kind of run. model: encoder or causal. gpu: plain or fast; None: on the CPU."""
 
-    model: str  # encoder or causal
+    model: str
     accumulate: int
     workers: int
+    gpu: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.accumulate}-{self.workers}"
 
     def arguments(self, bases: Path) -> list[str]:
         rows = 24
@@ -58,19 +65,23 @@ class Job:
             "trainer.val_check_interval=0.5",
             "trainer.checkpoint_every_n_steps=3",
             "trainer.log_every_n_steps=2",
-            "trainer.precision=32-true",
-            "trainer.accelerator=cpu",
-            "optimizer.name=adamw",
             "optimizer.lr=0.01",
+            *(ON_CPU if self.gpu is None else (*ON_GPU, *WAYS[self.gpu])),
         ]
 
 
+ON_CPU = ("trainer.accelerator=cpu", "trainer.precision=32-true", "optimizer.name=adamw")
+ON_GPU = ("trainer.accelerator=gpu", "trainer.precision=bf16-mixed", "optimizer.name=adamw_8bit", "trainer.deterministic=true")
+WAYS = {
+    "plain": ("trainer.compile=false", "trainer.cuda_graphs=false", "trainer.resident_weights=false"),
+    "fast": ("trainer.compile=true", "trainer.cuda_graphs=true"),
+}
 JOBS = [Job(model, accumulate, workers) for model in ("encoder", "causal") for accumulate in (1, 3) for workers in (0, 2)]
 MOMENTS = ("micro-step", "epoch boundary", "mid-accumulation", "mid-validation", "mid-save", "second kill", "clock")
 
 
-def build_bases(folder: Path) -> None:
-    """A BERT and a Mistral of random weights, small enough to be read and quantised in milliseconds."""
+def build_bases(folder: Path, gpu: bool) -> None:
+    """A BERT and a Mistral of random weights, small enough to be read and quantised in milliseconds; on a GPU with heads of 64."""
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel, MistralConfig, MistralForCausalLM
 
@@ -78,8 +89,11 @@ def build_bases(folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(build_tiny_mistral(folder / "tiny", 0))
     sizes = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if gpu:
+        sizes |= {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
     torch.manual_seed(0)
-    causal = MistralConfig(**sizes, num_key_value_heads=2, head_dim=32, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    head = sizes["hidden_size"] // sizes["num_attention_heads"]
+    causal = MistralConfig(**sizes, num_key_value_heads=2, head_dim=head, bos_token_id=1, eos_token_id=2, pad_token_id=3)
     for name, model in (
         ("encoder", BertModel(BertConfig(**sizes, pad_token_id=3, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1))),
         ("causal", MistralForCausalLM(causal)),
@@ -129,7 +143,7 @@ def train(arguments: list[str], at: tuple[str, int] | None, counts: Path | None)
         if at == (kind, seen[kind]):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    watch(happen)
+    watch(happen, next(a.removeprefix("run_dir=") for a in arguments if a.startswith("run_dir=")))
     sys.argv = ["train.py", *arguments]
     try:
         main("train", arguments)
@@ -140,8 +154,8 @@ def train(arguments: list[str], at: tuple[str, int] | None, counts: Path | None)
     return 71
 
 
-def watch(happen: Callable[[str], None]) -> None:
-    """Have every event of a run call `happen` with its kind: before each, and after each write."""
+def watch(happen: Callable[[str], None], run: str) -> None:
+    """Have every event of a run in a folder call `happen` with its kind: before each, and after each write."""
     from lorica import callbacks, durable, states
 
     def before(owner: Any, name: str, kind: str) -> None:
@@ -175,12 +189,15 @@ def watch(happen: Callable[[str], None]) -> None:
     before(states, "newest_intact", "restore")
     original = os.replace
 
-    def replace(*args: Any, **kwargs: Any) -> None:
-        happen("mid-save")
-        original(*args, **kwargs)
-        happen("mid-save")
+    def replaced(source: Any, target: Any, **kwargs: Any) -> None:
+        within = str(target).startswith(run)  # not the caches, which are written once
+        if within:
+            happen("mid-save")
+        original(source, target, **kwargs)
+        if within:
+            happen("mid-save")
 
-    os.replace = replace  # type: ignore[assignment]
+    os.replace = replaced  # type: ignore[assignment]
 
 
 # -------------------------------------------------------------------------------------------------------------- results
@@ -213,7 +230,7 @@ def feed(digest: Any, node: Any) -> None:
 
     if isinstance(node, torch.Tensor):
         digest.update(f"{node.dtype} {tuple(node.shape)}".encode())
-        digest.update(node.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(node.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     elif isinstance(node, dict):
         for key in node:
             digest.update(repr(key).encode())
@@ -270,7 +287,7 @@ def trial(number: int, kind: str, job: Job, known: Reference, folder: Path, rng:
     else:
         at = moment(rng.choice(MOMENTS[:5]) if kind == "second kill" else kind, job, known.counts, rng)
         if (code := forked(lambda: train(arguments, at, None), log)) != -signal.SIGKILL:
-            return f"was to be killed at {at}, ended with {code}"
+            return f"was to be killed at {at}, ended with {code}: {log.read_text()[-1500:]}"
     if kind == "second kill":
         at = rng.choice([("restore", 1), ("micro-step", rng.randint(1, 6)), ("mid-save", rng.randint(1, 40)), ("mid-validation", 1)])
         forked(lambda: train([*arguments, "resume=auto"], at, None), log)
@@ -289,14 +306,28 @@ def trial(number: int, kind: str, job: Job, known: Reference, folder: Path, rng:
 def trials(order: list[tuple[str, Job]], rng: random.Random, folder: Path) -> Iterator[tuple[str, Job, str]]:
     """(kind, job, what went wrong) of each trial."""
     folder.mkdir(parents=True, exist_ok=True)
-    if code := forked(lambda: build_bases(folder / "bases") or 0, folder / "bases.log"):
+    if code := forked(lambda: build_bases(folder / "bases", order[0][1].gpu is not None) or 0, folder / "bases.log"):
         raise RuntimeError(f"no models ({code}): {(folder / 'bases.log').read_text()[-2000:]}")
     known: dict[Job, Reference] = {}
     for number, (kind, job) in enumerate(order):
-        place = folder / f"{job.model}-{job.accumulate}-{job.workers}"
+        place = folder / str(job)
         if job not in known:
             known[job] = reference(job, place)
         yield kind, job, trial(number, kind, job, known[job], place, rng)
+
+
+def import_all() -> None:
+    """What a run needs, once for all forks."""
+    import bitsandbytes  # noqa: F401
+    import datasets  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import peft  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+
+    torch.set_num_threads(1)
+    import lorica.cli
+    import lorica.train  # noqa: F401
 
 
 def main() -> int:
@@ -305,31 +336,26 @@ def main() -> int:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--few", action="store_true", help="four moments, with one kind of run")
     options.add_argument("--keep", type=Path, help="folder to work in, which stays")
+    options.add_argument("--gpu", choices=tuple(WAYS), help="on the GPU, that way")
+    options.add_argument("--job", choices=[str(job) for job in JOBS], help="this kind of run alone: model-accumulate-workers")
     chosen = options.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
     begun, rng = time.monotonic(), random.Random(chosen.seed)
-    every = [(kind, job) for kind in MOMENTS for job in JOBS]
+    jobs = [replace(job, gpu=chosen.gpu) for job in JOBS if chosen.job in (None, str(job))]
+    every = [(kind, job) for kind in MOMENTS for job in jobs]
     rng.shuffle(every)
     few = [(kind, Job("causal", 3, 2)) for kind in ("mid-accumulation", "mid-validation", "mid-save", "second kill")]
     order = few if chosen.few else (every * chosen.trials)[: chosen.trials]
     with tempfile.TemporaryDirectory() as scratch:
         folder = chosen.keep or Path(scratch)
         os.environ["LORICA_CACHE"] = str(folder / "cache")
-        import bitsandbytes  # noqa: F401
-        import datasets  # noqa: F401
-        import matplotlib.pyplot  # noqa: F401
-        import peft  # noqa: F401
-        import torch
-        import transformers  # noqa: F401
-
-        torch.set_num_threads(1)
-        import lorica.cli
-        import lorica.train  # noqa: F401
-
+        if chosen.gpu is None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+            import_all()
         identical = 0
         for number, (kind, job, wrong) in enumerate(trials(order, rng, folder), 1):
             identical += not wrong
-            what = f"{kind:17} {job.model:8} accumulate {job.accumulate} workers {job.workers}"
+            what = f"{kind:17} {job.model:8} accumulate {job.accumulate} workers {job.workers} {job.gpu or 'cpu'}"
             print(f"{number:4d} {what}  {wrong or 'identical'}", flush=True)
     print(f"{identical} of {len(order)} (seed {chosen.seed}, {time.monotonic() - begun:.0f} s)")
     return 0 if identical == len(order) else 1

@@ -102,6 +102,18 @@ def test_our_attention_is_torchs_and_has_the_same_bits_each_time(heads: int, kv_
         assert (x - y).float().norm() < 5e-3 * y.float().norm()
 
 
+def test_a_mask_that_follows_from_a_seed_is_the_same_on_every_way() -> None:
+    from lorica.kernels import dropout
+
+    seed = torch.empty(2, dtype=torch.int32).random_()
+    x = torch.randn(100, 333, dtype=torch.bfloat16)
+    compiled = torch.compile(dropout.kept, dynamic=False)
+    for start in (0, 777):
+        wanted = dropout.kept(x, seed, 0.1, start)
+        assert torch.equal(dropout.kept(x.cuda(), seed.cuda(), 0.1, start).cpu(), wanted)
+        assert torch.equal(compiled(x.cuda(), seed.cuda(), 0.1, start).cpu(), wanted)
+
+
 @pytest.mark.parametrize("resident", [False, True])
 def test_products_in_fp8_are_near_those_in_bf16(resident: bool) -> None:
     from bitsandbytes.nn import Linear4bit
@@ -208,7 +220,8 @@ def test_all_ways_to_run_learn_the_same(tmp_path: Path) -> None:
         same = losses["dropout" if name.startswith("dropout") else "plain"]
         assert abs(loss - same) < (0.03 if name == "fp8" else 0.01) * same, losses
     assert losses["plain"] < 6, losses  # 7.3 before training; a run on a CPU ends at 4.7
-    assert "captured as CUDA graphs" in printed["captured"] and "could not be captured" not in "".join(printed.values())
+    assert all("captured as CUDA graphs" in printed[name] for name in ("captured", "dropout captured", "dropout recomputed")), printed
+    assert "could not be captured" not in "".join(printed.values())
     assert "2 of 4 computed again" in printed["recomputed"]
 
 

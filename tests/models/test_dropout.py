@@ -75,3 +75,33 @@ def test_dense_attention_is_torchs_but_for_the_masks(causal: bool, masked: bool,
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
     seen = [torch.autograd.grad(x.square().sum(), q)[0] for x in (ours, expected)]
     torch.testing.assert_close(*seen, rtol=1e-5, atol=1e-5)
+
+
+def _seed(number: int = 0) -> torch.Tensor:
+    return torch.empty(2, dtype=torch.int32).random_(generator=torch.Generator().manual_seed(number))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
+def test_masks_that_follow_from_a_seed_are_as_good_as_drawn_ones(p: float) -> None:
+    n, error = 400_000, 5 * (p * p * (1 - p * p) / 400_000) ** 0.5
+    dropped, others = (~dropout.kept(torch.empty(400, n // 400), _seed(i), p) for i in (0, 1))
+    assert abs(dropped.float().mean().item() - p) < 5 * (p * (1 - p) / n) ** 0.5
+    for both in (dropped[:, 1:] & dropped[:, :-1], dropped[1:] & dropped[:-1], dropped & others):
+        assert abs(both.float().mean().item() - p * p) < error
+
+
+def test_a_tile_has_the_mask_of_its_place() -> None:
+    x = torch.empty(6, 10)
+    whole = dropout.kept(x, _seed(), 0.5)
+    assert torch.equal(dropout.kept(x[4:], _seed(), 0.5, start=40), whole[4:])
+    net = nn.Sequential(dropout.Seeded(0.5, _seed()))
+    dropout.begin_at(net, 40)
+    assert torch.equal(net(torch.ones(2, 10)) > 0, whole[4:])
+    assert torch.equal(net.eval()(x), x)
+
+
+@pytest.mark.slow
+def test_a_compiled_mask_is_the_same() -> None:
+    compiled = torch.compile(lambda x, seed: torch.where(dropout.kept(x, seed, 0.3), x, 0), dynamic=False)
+    x = torch.randn(37, 24)
+    assert torch.equal(compiled(x, _seed()), torch.where(dropout.kept(x, _seed(), 0.3), x, 0))

@@ -73,6 +73,20 @@ def test_layers_computed_again_have_the_same_gradients(kind: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True)), (layers.recomputed, layers.offload)
 
 
+def test_layers_whose_dropout_is_seeded_draw_nothing_and_have_the_same_gradients() -> None:
+    """Of each micro-step anew."""
+    model = MODELS["dropout of adapters"]().train()
+    layers = Layers(model)
+    layers.seed_dropout(model)
+    assert not layers.random
+    expected = _gradients(model, _ids())
+    for layers.recomputed, layers.offload in [(2, False), (4, True)]:
+        assert all(map(torch.equal, _gradients(model, _ids()), expected))
+    logits = [model(input_ids=_ids()).logits for _ in range(2)]
+    assert not torch.equal(*logits)
+    assert model.peft_config["default"].lora_dropout == 0.3
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_whether_layers_draw_random_numbers_is_known(kind: str) -> None:
     assert Layers(MODELS[kind]()).random == draws(MODELS[kind]()) == (kind != "no dropout")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lorica.config import LoraSettings
-from lorica.kernels import lora_linear
+from lorica.kernels import dropout, lora_linear
 from lorica.models import adapters
 
 
@@ -84,6 +84,22 @@ def test_dropout_acts_on_the_adapter_only() -> None:
     fast.eval()
     many = torch.stack([fast.train()(x) for _ in range(600)]).mean(0)
     assert (many - fast.eval()(x)).norm() < 0.2 * (fast(x) - base).norm() + 0.1 * base.norm()
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_dropout_that_follows_from_a_seed_is_the_one_that_peft_would_apply(four_bit: bool) -> None:
+    nets = _pair(four_bit=four_bit, lora_dropout=0.5)
+    results = []
+    for net in nets:
+        net.train()
+        seeds = dropout.seed_adapters(net)
+        assert seeds is not None
+        seeds.random_(generator=torch.Generator().manual_seed(3))
+        results.append(_run(net, torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(4))))
+    (y0, g0), (y1, g1) = results
+    assert torch.allclose(y0, y1, atol=1e-5)
+    for name in g0:
+        assert (g0[name] - g1[name]).norm() <= 1e-5 * g0[name].norm(), name
 
 
 def test_disabled_adapters_give_the_base() -> None:

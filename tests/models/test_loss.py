@@ -1,5 +1,6 @@
 """The loss in tiles is the loss, its gradients are the gradients, and no tile is larger than it may be."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,20 +8,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorica.kernels import loss
+from lorica.kernels import dropout, loss
 
 
 def _heads() -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.layer import LoraLayer
 
     torch.manual_seed(0)
     net = nn.Sequential()
     net.add_module("head", nn.Linear(16, 40, bias=False))
     adapted = get_peft_model(net, LoraConfig(r=4, target_modules=["head"], lora_dropout=0.0, init_lora_weights=False))
-    return {"plain": nn.Linear(16, 40), "adapted": adapted.base_model.model.head}
+    dropping = copy.deepcopy(adapted).train()
+    for module in dropping.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout["default"] = nn.Dropout(0.4)
+    seeds = dropout.seed_adapters(dropping)
+    assert seeds is not None
+    seeds.random_()
+    kinds = {"plain": nn.Linear(16, 40), "adapted": adapted.base_model.model.head, "adapted, with dropout": dropping.base_model.model.head}
+    assert not any(map(loss.draws, kinds.values()))
+    return kinds
 
 
-@pytest.mark.parametrize("kind", ["plain", "adapted"])
+@pytest.mark.parametrize("kind", ["plain", "adapted", "adapted, with dropout"])
 def test_tiles_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     head = _heads()[kind].double()
     hidden, targets = torch.randn(37, 16, dtype=torch.float64), torch.randint(0, 40, (37,))

@@ -16,6 +16,7 @@ import torch._functorch.config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lorica.kernels.dropout import seed_adapters
 from lorica.kernels.loss import draws
 
 
@@ -33,7 +34,7 @@ class Layers:
         recomputed: how many layers, from the first on, keep only their input and are computed again in backward. The last ones keep
             theirs, which are gone by the time that the first are computed again.
         offload: the inputs that recomputed layers keep wait in pinned host memory.
-        random: whether a layer draws random numbers (dropout).
+        random: whether a layer draws random numbers (dropout), by its modules or as seen while `watching`.
         kept: bytes of activations that a layer kept in its latest forward in training, by layer; recorded while `measuring`, for which
             nothing is compiled that may not be needed.
     """
@@ -42,18 +43,25 @@ class Layers:
         self.layers = repeated_layers(model)
         self.recomputed = 0
         self.offload = False
-        self.measuring = False
+        self.measuring = self.watching = False
         self.kept: dict[int, int] = {}
         self._host: dict[Any, torch.Tensor] = {}
         self._compiled: Callable[..., Any] | None = None
         self._compiled_recomputed: Callable[..., Any] | None = None
         self.random = draws(model)
+        self._seeds: torch.Tensor | None = None
         self._plain = [layer.forward for layer in self.layers]
         for i, layer in enumerate(self.layers):
             layer.forward = functools.partial(self._run, i)
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def seed_dropout(self, model: nn.Module) -> None:
+        """Let the masks of adapters' dropout follow from seeds that each micro-step draws, so that these layers draw nothing."""
+        if self.layers:
+            self._seeds = seed_adapters(model)
+            self.random = draws(model)
 
     def compile(self, on: bool = True) -> None:
         """Let training use compiled layers. Each size that they meet is compiled when it is first met."""
@@ -66,11 +74,14 @@ class Layers:
     def _run(self, i: int, *args: Any, **kwargs: Any) -> Any:
         if not (self.layers[i].training and torch.is_grad_enabled()):
             return self._plain[i](*args, **kwargs)
-        if not self.measuring:
+        if i == 0 and self._seeds is not None:
+            self._seeds.random_()
+        if not (self.measuring or self.watching):
             return self._trained(i, args, kwargs)
-        before = torch.cuda.memory_allocated()
+        before, state = torch.cuda.memory_allocated(), torch.cuda.get_rng_state()
         out = self._trained(i, args, kwargs)
         self.kept[i] = torch.cuda.memory_allocated() - before
+        self.random |= self.watching and not torch.equal(state, torch.cuda.get_rng_state())
         return out
 
     def _trained(self, i: int, args: Any, kwargs: Any) -> Any:

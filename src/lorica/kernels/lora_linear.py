@@ -23,31 +23,46 @@ from lorica.kernels.frozen import Kept
 class _LoRALinear(torch.autograd.Function):
     """x [tokens, in] in the compute type, A [r, in] and B [out, r] in their own (fp32) -> y [tokens, out] in the compute type.
 
-    The frozen weight's tensors are arguments, so that a compiler sees them.
+    The frozen weight's tensors are arguments, so that a compiler sees them. seed, start: of a dropout whose mask follows from them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, base: Any, scaling: float, p: float, kept: Kept, *parts: torch.Tensor
+        ctx: Any,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        seed: torch.Tensor | None,
+        start: int,
+        base: Any,
+        scaling: float,
+        p: float,
+        kept: Kept,
+        *parts: torch.Tensor,
     ) -> torch.Tensor:
         dropped, mask = x, None
-        if p > 0 and dropout.covers(x):
+        if seed is not None:
+            dropped = _apply(x, dropout.kept(x, seed, p, start), p)
+        elif p > 0 and dropout.covers(x):
             mask = dropout.mask(x, p)  # scaled
-            dropped = x * mask
+            dropped = _apply(x, mask, p)
         elif p > 0:
             dropped, mask = torch.ops.aten.native_dropout(x, p, True)  # true or false
         down = dropped @ a.to(x.dtype).t()
         y = frozen.product(x, base, kept, parts, down * scaling, b.to(x.dtype).t())
         if base.bias is not None:
             y = y + base.bias
-        ctx.save_for_backward(dropped, down, a, b, mask, *parts)
-        ctx.base, ctx.scaling, ctx.p, ctx.kept = base, scaling, p, kept
+        ctx.save_for_backward(dropped if seed is None else x, down, a, b, seed, mask, *parts)
+        ctx.base, ctx.scaling, ctx.p, ctx.kept, ctx.start = base, scaling, p, kept, start
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dropped, down, a, b, mask, *parts = ctx.saved_tensors
+        dropped, down, a, b, seed, mask, *parts = ctx.saved_tensors
         g = grads[0]
+        if seed is not None:
+            mask = dropout.kept(dropped, seed, ctx.p, ctx.start)
+            dropped = _apply(dropped, mask, ctx.p)
         gb = (g @ b.to(g.dtype)) * ctx.scaling
         da = (gb.t() @ dropped).to(a.dtype) if ctx.needs_input_grad[1] else None
         db = (g.t() @ down).to(b.dtype) * ctx.scaling if ctx.needs_input_grad[2] else None
@@ -58,10 +73,17 @@ class _LoRALinear(torch.autograd.Function):
                 dx = frozen.back_product(g, ctx.base, ctx.kept, tuple(parts), gb, through)
             else:
                 through = gb @ through
-                scaled = mask.dtype != torch.bool
-                masked = through * mask if scaled else torch.ops.aten.native_dropout_backward(through, mask, 1.0 / (1.0 - ctx.p))
+                masked = _apply(through, mask, ctx.p)
                 dx = frozen.back_product(g, ctx.base, ctx.kept, tuple(parts), None, None) + masked
-        return dx, da, db, None, None, None, None, *(None for _ in parts)
+        return dx, da, db, *(None for _ in range(6 + len(parts)))
+
+
+def _apply(x: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
+    """Dropout by a mask that is scaled, or that is true or false."""
+    if mask.dtype != torch.bool:
+        return x * mask
+    out: torch.Tensor = torch.ops.aten.native_dropout_backward(x, mask, 1.0 / (1.0 - p))
+    return out
 
 
 class _Forward:
@@ -87,11 +109,12 @@ class _Forward:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         drop = self.lora_dropout[name]
-        p = drop.p if isinstance(drop, nn.Dropout) and self.training else 0.0
+        p = drop.p if isinstance(drop, nn.Dropout | dropout.Seeded) and self.training else 0.0
+        seed, start = (drop.seed, drop.start) if isinstance(drop, dropout.Seeded) and p > 0 else (None, 0)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         kept, parts = frozen.tensors(base)
         y: torch.Tensor = _LoRALinear.apply(
-            flat, self.lora_A[name].weight, self.lora_B[name].weight, base, self.scaling[name], p, kept, *parts
+            flat, self.lora_A[name].weight, self.lora_B[name].weight, seed, start, base, self.scaling[name], p, kept, *parts
         )
         return y.view(*x.shape[:-1], -1)
 

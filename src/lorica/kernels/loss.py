@@ -6,12 +6,15 @@ The head may be anything that maps [n, H] to [n, V]: a plain layer, one with an 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+from lorica.kernels.dropout import begin_at
 
 TILE_ELEMENTS = 1 << 25  # logits of a tile in training: 128 MiB in fp32
 EVALUATION_ELEMENTS = 1 << 23  # in evaluation, which is not to take more memory than training
@@ -32,7 +35,9 @@ def head_cross_entropy(
     if not torch.is_grad_enabled():
         return torch.cat([_losses(head, h, t) for h, t in tiles])
     random = draws(head)
-    return torch.cat([checkpoint(_losses, head, h, t, use_reentrant=False, preserve_rng_state=random) for h, t in tiles])
+    size = rows * hidden.shape[1]
+    run = functools.partial(checkpoint, _tile, head, use_reentrant=False, preserve_rng_state=random)
+    return torch.cat([run(h, t, i * size) for i, (h, t) in enumerate(tiles)])
 
 
 def tile_rows(vocabulary: int) -> int:
@@ -59,3 +64,12 @@ def drop_rates(owner: Any) -> dict[str, float]:
 
 def _losses(head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+
+def _tile(head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, targets: torch.Tensor, place: int) -> torch.Tensor:
+    """`_losses` of a tile whose first element is at a place of all."""
+    begin_at(head, place)
+    try:
+        return _losses(head, hidden, targets)
+    finally:
+        begin_at(head, 0)

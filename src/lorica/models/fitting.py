@@ -232,7 +232,7 @@ class Fitting:
             ConfigError: the largest micro-batch does not fit, or not as asked.
         """
         begun, notes = time.perf_counter(), []
-        self.layers.random |= self._draws()
+        self._watch()
         self.layers.compile(compiled)
         try:
             self._set(asked, optimizer)
@@ -248,14 +248,13 @@ class Fitting:
         layers, seconds = self.layers, time.perf_counter() - begun
         return Fit(len(layers), layers.recomputed, layers.offload, compiled, resident=self.resident, seconds=seconds, notes=notes)
 
-    def _draws(self) -> bool:
-        """Whether a micro-step draws random numbers, as the device's generator shows."""
-        self.layers.recomputed, self.layers.offload = len(self.layers), False
-        before = torch.cuda.get_rng_state(self.module.device)
+    def _watch(self) -> None:
+        """See whether the layers draw random numbers, as the device's generator shows."""
+        self.layers.recomputed, self.layers.offload, self.layers.watching = len(self.layers), False, True
         with suppress(torch.cuda.OutOfMemoryError):
             self._run(self.batches[0])
+        self.layers.watching = False
         self._forget()
-        return not torch.equal(before, torch.cuda.get_rng_state(self.module.device))
 
     def _hold(self, size: int) -> torch.Tensor:
         """Memory that is in use while micro-batches are tried, as the optimiser's state will be."""

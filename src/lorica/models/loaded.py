@@ -105,4 +105,7 @@ def load(config: TrainConfig, data: LoricaDataModule, machine: Machine, prepared
         dropout.install(model)
         if attn == "sdpa" and settings.attn_implementation == "auto":
             attn = attention.make_dense(model.get_base_model() if settings.lora is not None else model)
-    return Loaded(model, tokenizer, found, attn, padded=attn != attention.VARLEN, layers=Layers(model))
+    layers = Layers(model)
+    if machine.device.type == "cuda":
+        layers.seed_dropout(model)
+    return Loaded(model, tokenizer, found, attn, padded=attn != attention.VARLEN, layers=layers)
