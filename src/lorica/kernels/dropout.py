@@ -59,8 +59,9 @@ def install(model: nn.Module) -> int:
 # ------------------------------------------------------------------------------------------------------- masks that follow from a seed
 
 # Two rounds of a 32-bit integer hash with little bias (lowbias32 of github.com/skeeto/hash-prospector), a seed before each. As signed
-# numbers, whose products wrap around alike in torch and in Triton.
-_FIRST, _SECOND, _STEP = 0x7FEB352D, 0x846CA68B - (1 << 32), 0x9E3779B9 - (1 << 32)
+# numbers, whose products wrap around alike in torch and in Triton; nothing is multiplied before a seed was added, for a compiler would
+# reckon with places as with indices, which don't wrap.
+_FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
 _PROGRAM = 1024  # elements
 
 
@@ -88,10 +89,10 @@ def kept(x: torch.Tensor, seed: torch.Tensor, p: float, start: int = 0) -> torch
     if triton is not None and x.is_cuda and not torch.compiler.is_compiling():
         out = torch.empty(x.shape, dtype=torch.bool, device=x.device)
         grid = (triton.cdiv(x.numel(), _PROGRAM),)
-        _kept_kernel[grid](out, seed, x.numel(), start, least, _FIRST, _SECOND, _STEP, size=_PROGRAM)
+        _kept_kernel[grid](out, seed, x.numel(), start, least, _FIRST, _SECOND, size=_PROGRAM)
         return out
     places = torch.arange(start, start + x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
-    return _hash(_hash(places * _STEP + seed[0]) ^ seed[1]) >= least
+    return _hash(_hash(places + seed[0]) ^ seed[1]) >= least
 
 
 def _hash(h: torch.Tensor) -> torch.Tensor:
@@ -109,9 +110,9 @@ if triton is not None:
         return h ^ ((h >> 16) & 0xFFFF)
 
     @triton.jit
-    def _kept_kernel(out, seed, n, start, least, first, second, step, size: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _kept_kernel(out, seed, n, start, least, first, second, size: tl.constexpr):  # type: ignore[no-untyped-def]
         at = tl.program_id(0) * size + tl.arange(0, size)
-        h = _hashed((at + start) * step + tl.load(seed), first, second)
+        h = _hashed(at + start + tl.load(seed), first, second)
         tl.store(out + at, _hashed(h ^ tl.load(seed + 1), first, second) >= least, mask=at < n)
 
 

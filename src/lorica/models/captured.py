@@ -7,8 +7,8 @@ that the device's generator has then, as they do without capture.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -31,14 +31,20 @@ class CapturedSteps:
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()  # steps run one after another: they may share their memory
 
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """The stream of the captures, for what is run before them: each stream that multiplies has a workspace of cuBLAS, 64 MiB."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._stream)
+
     def capture(self, batch: dict[str, Any]) -> None:
         """Make a graph of the step for batches of this batch's size. Gradients must exist and are left changed."""
         step = _Step(batch)
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        with self.stream():
             for _ in range(WARM_UP):
                 step.run(self._loss_sum, self._arithmetic)
-        torch.cuda.current_stream().wait_stream(self._stream)
         torch.cuda.synchronize()
         with torch.cuda.graph(step.graph, pool=self._pool, stream=self._stream):
             step.run(self._loss_sum, self._arithmetic)

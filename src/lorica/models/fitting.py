@@ -381,10 +381,11 @@ class Fitting:
         steps: CapturedSteps | None = CapturedSteps(self.module.loss_sum, self.arithmetic, accumulate)
         assert steps is not None
         try:
-            self._run(self.batches[-1])  # makes the gradients of all that the loss depends on
-            torch.cuda.set_sync_debug_mode("error")  # who waits for the device can't be captured, and a failed capture is not undone
-            for batch in reversed(self.batches):
-                self._run(batch)
+            with steps.stream():
+                self._run(self.batches[-1])  # makes the gradients of all that the loss depends on
+                torch.cuda.set_sync_debug_mode("error")  # who waits for the device can't be captured, and a failed capture is not undone
+                for batch in reversed(self.batches):
+                    self._run(batch)
             torch.cuda.set_sync_debug_mode("default")
             for batch in reversed(self.batches):
                 steps.capture(batch)

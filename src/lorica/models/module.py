@@ -152,8 +152,11 @@ class LoricaModule(LightningModule):
             self.loss_account, self.supervised_account = torch.tensor(total, dtype=torch.float32, device=self.device), int(supervised)
 
     def on_train_end(self) -> None:
-        """Let go of captured steps and their memory."""
+        """Let go of what only training needs, or the test would find less memory than training had."""
         self.captured = self.capture = None
+        self.trainer.strategy.optimizers, self.trainer.strategy.lr_scheduler_configs = [], []
+        for p in self.parameters():
+            p.grad = None
 
     def joins(self) -> bool:
         """Whether the trained weights are to lie end to end: on one GPU. Several ranks reduce gradients by layers."""
