@@ -16,6 +16,7 @@ quiet_libraries()
 import torch  # noqa: E402  (after the libraries' noise is off)
 
 from lorica import hardware  # noqa: E402
+from lorica.data import token_contract  # noqa: E402
 from lorica.models.trained import load_trained  # noqa: E402
 
 
@@ -40,6 +41,7 @@ def run(config: MergeConfig) -> int:
     with replaced_folder(target) as folder:
         merged.save_pretrained(folder)
         trained.tokenizer.save_pretrained(folder)
+        token_contract.write(folder, token_contract.made(trained.task, trained.tokenizer))
         write_json(
             folder / TASK_FILE,
             {

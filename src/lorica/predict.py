@@ -31,7 +31,7 @@ from lorica.config import OptimizerConfig, TrainerConfig  # noqa: E402
 from lorica.data.asking import ask_row, ask_text, text_column  # noqa: E402
 from lorica.data.batching import cut_batches  # noqa: E402
 from lorica.data.collate import collate_candidates, collate_classifier  # noqa: E402
-from lorica.data.encoding import CausalEncoder, ClassifierEncoder, Truncation  # noqa: E402
+from lorica.data.encoding import ClassifierEncoder, Truncation, build_encoder  # noqa: E402
 from lorica.data.examples import Example  # noqa: E402
 from lorica.data.module import BadRow  # noqa: E402
 from lorica.data.readers import Row, read_rows  # noqa: E402
@@ -89,16 +89,10 @@ class Predictor:
         self.trained, self.task = trained, trained.task
         self.max_new_tokens = max_new_tokens or int(self.task.get("max_new_tokens") or 256)
         self.labels: list[str] | None = self.task.get("labels")
-        tokenizer, longest = trained.tokenizer, int(self.task.get("max_length") or 512)
-        classifier = self.task["task"] == "sequence_classification"
-        cls = SequenceClassifierModule if classifier else CausalLMModule
+        self.encoder = build_encoder(self.task, trained.tokenizer)
+        cls = SequenceClassifierModule if isinstance(self.encoder, ClassifierEncoder) else CausalLMModule
         self.module = cls(trained.model, OptimizerConfig(), 1).eval()
-        self.encoder: ClassifierEncoder | CausalEncoder = (
-            ClassifierEncoder(tokenizer, longest)
-            if classifier
-            else CausalEncoder(tokenizer, longest, bool(self.task.get("use_chat_template", True)), self.labels or ())
-        )
-        self.pad_id = int(tokenizer.pad_token_id)
+        self.pad_id = int(trained.tokenizer.pad_token_id)
         self._tokens = ELEMENTS // trained.model.config.get_text_config().hidden_size
 
     def warm_up(self, examples: Sequence[Example], batch_size: int | None) -> None:

@@ -260,7 +260,7 @@ def _look_at_data(run: Run, data: LoricaDataModule) -> Prepared:
     """
     config, screen = run.config, run.screen
     with screen.counting("tokenising", config.trainer.enable_progress_bar) as progress:
-        prepared = prepare(config, data, run.folder, run.main, progress)
+        prepared = prepare(config, data, run.folder, run.main, run.resume_from is not None, progress)
     if tokenised := summary.tokenised_line(data):
         screen.print(tokenised)
     launch.decided_once(lambda: _report(run, data), config.trainer.accelerator, "LORICA_REPORT")

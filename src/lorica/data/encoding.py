@@ -419,3 +419,15 @@ def _fewest_sequences(group: list[tuple[list[int], int]], label: int, eos: int) 
         home = next(i for i, longer in enumerate(kept) if longer[: len(ids) - 1] == tuple(ids[:-1]))
         picks.append([(home, t - 1, ids[t]) for t in range(start, len(ids))])
     return Candidates([list(s) for s in kept], picks, label)
+
+
+def build_encoder(task: dict[str, Any], tokenizer: Any) -> ClassifierEncoder | CausalEncoder:
+    """The encoder that a model is trained and asked with.
+
+    Args:
+        task: as in lorica.json; what others made may lack a length (512) or say nothing of a template (it is used).
+    """
+    longest = int(task.get("max_length") or 512)
+    if task["task"] == "sequence_classification":
+        return ClassifierEncoder(tokenizer, longest)
+    return CausalEncoder(tokenizer, longest, bool(task.get("use_chat_template", True)), task.get("labels") or ())

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from lorica.config import TrainConfig
-from lorica.data.encoding import CausalEncoder, ClassifierEncoder
+from lorica.data import token_contract
+from lorica.data.encoding import build_encoder
 from lorica.data.module import LoricaDataModule
 from lorica.hardware import Machine
 from lorica.kernels import attention, dropout
 from lorica.kernels.layers import Layers
 from lorica.launch import wait_for_all
-from lorica.models import adapters, base
+from lorica.models import adapters, base, weights
 
 
 @dataclass
@@ -48,15 +49,16 @@ def prepare(
     data: LoricaDataModule,
     folder: Path,
     main: bool,
+    goes_on: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prepared:
-    """The tokenizer, and `data` encoded by it.
+    """The tokenizer, `data` encoded by it, and the run's token contract, which is compared where the run goes on.
 
     Args:
-        folder: the run's; a tiny Mistral is built there, by the main rank.
+        folder: the run's; a tiny Mistral is built there, by the main rank. goes_on: the run was begun before.
         progress: told (examples encoded, examples in all) every so often.
     Raises:
-        ConfigError: a base that can't be had, or that can't do what is asked.
+        ConfigError: a base that can't be had, or that can't do what is asked; other tokens than those that the run began with.
     """
     settings = config.model
     name = settings.base
@@ -66,12 +68,12 @@ def prepare(
     found = base.find_base(name, settings.revision)
     architecture = base.load_config(found, settings)
     tokenizer = base.load_tokenizer(found)
-    data.encode(
-        CausalEncoder(tokenizer, settings.max_length, settings.use_chat_template, data.labels or ())
-        if settings.task == "causal_lm"
-        else ClassifierEncoder(tokenizer, settings.max_length),
-        progress,
-    )
+    task = weights.asked(config, data)
+    if goes_on:
+        token_contract.check(folder, task, tokenizer, key="resume")
+    elif main:
+        token_contract.write(folder, token_contract.made(task, tokenizer))
+    data.encode(build_encoder(task, tokenizer), progress)
     return Prepared(found, architecture, tokenizer)
 
 

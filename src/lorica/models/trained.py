@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from lorica.beside_weights import read_adapter, read_object
 from lorica.config import ConfigError, LoraSettings, ModelConfig, QuantizationSettings
+from lorica.data import token_contract
 from lorica.kernels import attention
 from lorica.models import adapters, base, weights
 from lorica.runs import read_task, weights_folder
@@ -62,6 +63,7 @@ def load_trained(run: Path, device: torch.device, base_name: str | None = None, 
     tokenizer = base.load_tokenizer(
         base.Base(str(folder), str(folder)) if (folder / "tokenizer_config.json").is_file() else found, key="run"
     )
+    token_contract.check(folder, task, tokenizer, key="run")
     config = base.load_config(found, ModelConfig(name="", task=settings.task, base=settings.base, max_length=8))
     quantization = QuantizationSettings(**task["quantization"]) if is_adapter and task.get("quantization") else None
     attn = base.attention_name("auto", config, settings.task, device, dtype)

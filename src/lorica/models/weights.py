@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorica.config import ConfigError, TrainConfig
+from lorica.data import token_contract
 from lorica.data.module import LoricaDataModule
 from lorica.durable import MANIFEST, damage, recover_folder, replaced_folder, write_json, write_text
 from lorica.models import adapters
@@ -17,17 +18,24 @@ from lorica.models.base import Base
 from lorica.runs import TASK_FILE
 
 
-def save(folder: Path, config: TrainConfig, data: LoricaDataModule, base: Base, tokenizer: Any, model: Any) -> None:
-    """Write adapter/ or model/: weights, tokenizer, lorica.json, at once."""
-    task = {
+def asked(config: TrainConfig, data: LoricaDataModule) -> dict[str, Any]:
+    """How the model is asked, as lorica.json has it."""
+    return {
         "task": config.model.task,
-        "base": base.name,
-        "revision": base.revision,
         "labels": data.labels,
         "max_length": config.model.max_length,
         "use_chat_template": config.model.use_chat_template,
         "data": config.data.name,
         **data.describe(),
+    }
+
+
+def save(folder: Path, config: TrainConfig, data: LoricaDataModule, base: Base, tokenizer: Any, model: Any) -> None:
+    """Write adapter/ or model/: weights, tokenizer, lorica.json, the token contract, at once."""
+    task = {
+        **asked(config, data),
+        "base": base.name,
+        "revision": base.revision,
         "weights": "adapter" if config.model.lora is not None else "model",
         "quantization": dataclasses.asdict(config.model.quantization)
         if config.model.quantization and config.model.quantization.load_in_4bit
@@ -43,6 +51,7 @@ def save(folder: Path, config: TrainConfig, data: LoricaDataModule, base: Base, 
             model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         write_json(new / TASK_FILE, task)
+        token_contract.write(new, token_contract.made(task, tokenizer))
         write_text(new / "README.md", _card(config, data, base))
 
 
