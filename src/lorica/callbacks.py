@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from lorica.calibration import Calibration, calibrate, parse
 from lorica.metrics import EvaluationMetrics
 from lorica.models.module import LoricaModule
 from lorica.screen import Screen
@@ -210,6 +212,7 @@ class Evaluate(Callback):
         self.figures: dict[str, float] = {}
         self.confusion: list[list[int]] | None = None
         self.rows: dict[int, list[float]] = {}  # test row -> its labels' log-probabilities
+        self.scored: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the latest validation: log-probabilities [B, K], labels [B]
         self.at_step: int | None = None  # the step that figures are of, where nothing is left to train
 
     def _start(self, pl_module: LightningModule) -> None:
@@ -219,6 +222,7 @@ class Evaluate(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(pl_module)
+        self.scored = []
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(pl_module)
@@ -229,6 +233,8 @@ class Evaluate(Callback):
     ) -> None:
         assert self.metrics is not None
         self.metrics.update(outputs, batch.get("labels"))
+        if "scores" in outputs and trainer.state.fn != "test":
+            self.scored.append((outputs["scores"], batch["labels"]))
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -244,6 +250,21 @@ class Evaluate(Callback):
         self._finish(trainer, pl_module, "test")
         if trainer.is_global_zero and self.answer is not None:
             self.answers = self.answer()
+
+    def calibration(self, trainer: Trainer) -> Calibration | None:
+        """Of the latest validation, over all ranks; None where there are no labels."""
+        if self.labels is None:
+            return None
+        own = [torch.cat(parts).cpu() for parts in zip(*self.scored, strict=True)] if self.scored else []
+        ranks: list[Any] = [own]
+        if trainer.world_size > 1:
+            ranks = [None] * trainer.world_size
+            torch.distributed.all_gather_object(ranks, own)
+        ranks = [rank for rank in ranks if rank]
+        if not ranks:
+            return None
+        scores, labels = (torch.cat([rank[i] for rank in ranks]) for i in (0, 1))
+        return calibrate(scores.double().numpy(), labels.numpy())
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
         assert self.metrics is not None
@@ -262,21 +283,32 @@ class KeepBest(Callback):
 
     Args:
         monitor: `val/f1_macro` or such (higher is better), or `val/loss` (lower is better).
-        write: writes the weights; called on rank 0 only.
+        write: writes the weights, with the calibration of their validation; called on rank 0 only.
+        calibrate: the calibration of the latest validation; called on every rank.
     """
 
-    def __init__(self, monitor: str, write: Callable[[], None]) -> None:
-        self.monitor, self.write = monitor, write
+    def __init__(
+        self, monitor: str, write: Callable[[Calibration | None], None], calibrate: Callable[[Trainer], Calibration | None]
+    ) -> None:
+        self.monitor, self._write, self.calibrate = monitor, write, calibrate
+        self.calibration: Calibration | None = None
         self.sign = -1.0 if monitor.endswith("loss") else 1.0
         self.best: float | None = None
         self.best_step = 0
         self.at_step: int | None = None  # the step that is validated, where nothing is left to train
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_step": self.best_step}
+        calibration = asdict(self.calibration) if self.calibration is not None else None
+        return {"best": self.best, "best_step": self.best_step, "calibration": calibration}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+        kept = state_dict.get("calibration")  # states of earlier versions have none
+        self.calibration = parse(kept, "the checkpoint") if kept else None
+
+    def write(self) -> None:
+        """Write the weights as they are."""
+        self._write(self.calibration)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (trainer.state.fn != "fit" and self.at_step is None) or self.monitor not in trainer.callback_metrics:
@@ -284,6 +316,7 @@ class KeepBest(Callback):
         value = float(trainer.callback_metrics[self.monitor])
         if value == value and (self.best is None or self.sign * value > self.sign * self.best):
             self.best, self.best_step = value, trainer.global_step if self.at_step is None else self.at_step
+            self.calibration = self.calibrate(trainer)
             if trainer.is_global_zero:
                 self.write()
 

@@ -351,7 +351,8 @@ def _assemble(
     evaluate = cb.Evaluate(data.labels, write_answers)
     keep = cb.KeepBest(
         "val/f1_macro" if data.labels else "val/loss",
-        lambda: weights.save(run.weights, config, data, loaded.base, loaded.tokenizer, module.model),
+        lambda calibration: weights.save(run.weights, config, data, loaded.base, loaded.tokenizer, module.model, calibration),
+        evaluate.calibration,
     )
     points = plan.validation_steps(t.val_check_interval)
     every = t.checkpoint_every_n_steps

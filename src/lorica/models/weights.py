@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from lorica.calibration import Calibration
+from lorica.calibration import write as write_calibration
 from lorica.config import ConfigError, TrainConfig
 from lorica.data import token_contract
 from lorica.data.module import LoricaDataModule
@@ -30,8 +32,16 @@ def asked(config: TrainConfig, data: LoricaDataModule) -> dict[str, Any]:
     }
 
 
-def save(folder: Path, config: TrainConfig, data: LoricaDataModule, base: Base, tokenizer: Any, model: Any) -> None:
-    """Write adapter/ or model/: weights, tokenizer, lorica.json, the token contract, at once."""
+def save(
+    folder: Path,
+    config: TrainConfig,
+    data: LoricaDataModule,
+    base: Base,
+    tokenizer: Any,
+    model: Any,
+    calibration: Calibration | None = None,
+) -> None:
+    """Write adapter/ or model/: weights, tokenizer, lorica.json, the token contract, a classifier's calibration, at once."""
     task = {
         **asked(config, data),
         "base": base.name,
@@ -52,6 +62,8 @@ def save(folder: Path, config: TrainConfig, data: LoricaDataModule, base: Base, 
         tokenizer.save_pretrained(new)
         write_json(new / TASK_FILE, task)
         token_contract.write(new, token_contract.made(task, tokenizer))
+        if calibration is not None:
+            write_calibration(new, calibration)
         write_text(new / "README.md", _card(config, data, base))
 
 
