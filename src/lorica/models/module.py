@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -157,6 +157,10 @@ class LoricaModule(LightningModule):
         self.trainer.strategy.optimizers, self.trainer.strategy.lr_scheduler_configs = [], []
         for p in self.parameters():
             p.grad = None
+
+    def cpu(self) -> Self:
+        """Stays where it is: Lightning calls it when a fit ends, and gigabytes of frozen weights would go to host memory and back."""
+        return self
 
     def joins(self) -> bool:
         """Whether the trained weights are to lie end to end: on one GPU. Several ranks reduce gradients by layers."""
