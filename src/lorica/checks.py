@@ -279,9 +279,10 @@ def _check_trainer(config: TrainConfig) -> None:
     t = config.trainer
     if t.max_epochs == -1 and t.max_steps == -1:
         raise ConfigError("trainer.max_epochs", -1, "with trainer.max_steps=-1 the run would never end", "trainer.max_epochs=3")
-    if 0 in (t.max_epochs, t.max_steps):
-        name = "trainer.max_epochs" if t.max_epochs == 0 else "trainer.max_steps"
-        raise ConfigError(name, 0, "nothing would be trained", f"{name}=1")
+    if t.max_epochs == 0:
+        raise ConfigError(
+            "trainer.max_epochs", 0, "nothing would be trained", "trainer.max_epochs=1, or trainer.max_steps=0 to test the base"
+        )
     interval = t.val_check_interval
     whole = isinstance(interval, int) and not isinstance(interval, bool) and interval >= 1
     share = isinstance(interval, float) and 0.0 < interval <= 1.0

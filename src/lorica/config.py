@@ -246,7 +246,9 @@ class TrainerConfig:
         choices=PRECISIONS,
     )
     max_epochs: int = key(1, "Lightning: passes over the training rows; -1: until max_steps", low=-1)
-    max_steps: int = key(-1, "Lightning: optimiser steps; -1: until max_epochs", unit="steps", low=-1)
+    max_steps: int = key(
+        -1, "Lightning: optimiser steps; -1: until max_epochs; 0: nothing is trained, the base as it is is tested", unit="steps", low=-1
+    )
     tokens_per_batch: int | None = key(
         None,
         "micro-batch size in tokens, padding included where there is any; give this or batch_size, else the model's own is taken",

@@ -194,7 +194,9 @@ def _train(run: Run) -> int:
         return _drill(run, module, data, machine, trainer)
     if run.main:
         point_latest(run.folder)
-    if state is None or data.resume_at < len(data.plan):
+    if not len(data.plan):
+        screen.note("trainer.max_steps=0: nothing is trained, the base as it is is tested")
+    if data.resume_at < len(data.plan):
         if config.trainer.on_oom == "halve":
             oom.split_where_needed(module, loaded.layers, data, machine, config, trainer, screen.note, state["parts"] if state else 1)
         found = oom.fit(module, loaded.layers, data, machine, config, compiled, trainer, screen.note)
@@ -205,14 +207,15 @@ def _train(run: Run) -> int:
         hardware.reset_peak_memory()
         parts.throughput.first_step_after = time.perf_counter() - started
         trainer.fit(module, datamodule=data, ckpt_path=str(run.resume_from) if run.resume_from else None, weights_only=True)
-    else:  # all was trained before, and only the test is missing, or the last validation too
-        module.load_state_dict(state["state_dict"])
-        for part in (parts.throughput, parts.keep):
-            if part.state_key in state["callbacks"]:
-                part.load_state_dict(state["callbacks"][part.state_key])
-        module.skipping.load_state_dict(state["skipped_steps"])
-        parts.evaluate.at_step = parts.keep.at_step = int(state["global_step"])
-        if saved is not None and saved["pending"]:
+    else:  # all was trained before, and only the test is missing, or the last validation too; or there is nothing to train
+        if state is not None:
+            module.load_state_dict(state["state_dict"])
+            for part in (parts.throughput, parts.keep):
+                if part.state_key in state["callbacks"]:
+                    part.load_state_dict(state["callbacks"][part.state_key])
+            module.skipping.load_state_dict(state["skipped_steps"])
+        parts.evaluate.at_step = parts.keep.at_step = int(state["global_step"]) if state is not None else 0
+        if saved is None or saved["pending"]:
             trainer.validate(module, datamodule=data, verbose=False)
     del state
     figures = parts.throughput.figures(trainer)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 Lorica = Callable[..., tuple[int, str]]
 FAST = ("debug=fast", "data.max_test_examples=24", "trainer.max_steps=4")
@@ -143,3 +144,14 @@ def test_full_fine_tuning_leaves_a_whole_model(tmp_path: Path, lorica: Lorica) -
     code, printed = lorica("predict", f"run={tmp_path / 'full'}", "text=goal")
     assert code == 0 and "(" in printed
     assert lorica("merge", f"run={tmp_path / 'full'}")[0] == 2
+
+
+def test_a_base_is_tested_as_it_is_where_nothing_is_to_be_trained(tmp_path: Path, lorica: Lorica) -> None:
+    code, printed = lorica("train", "data.max_test_examples=40", "trainer.max_steps=0", f"run_dir={tmp_path / 'run'}")
+    assert code == 0 and "nothing is trained" in printed
+    figures = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert figures["train/seconds"] == 0 and figures["test/accuracy"] < 0.6 and figures["train/best_step"] == 0
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(not value.any() for name, value in adapter.items() if "lora_B" in name)
+    assert (tmp_path / "run" / "adapter" / "calibration.json").is_file()
+    assert lorica("predict", f"run={tmp_path / 'run'}", "text=hello")[0] == 0

@@ -1,0 +1,202 @@
+"""Runs on the same test rows beside each other: how good each is, how sure that is, whether two differ, and what each cost.
+
+Everything is read from run folders: metrics.json, predictions.jsonl, config.yaml and what lies beside the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorica import calibration, statistics
+from lorica.config import ConfigError
+from lorica.runs import weights_folder
+
+ENOUGH = 0.05  # p-values below it speak of a difference
+
+
+@dataclass
+class Compared:
+    """One finished run on a labelled test set.
+
+    Attributes:
+        rows: (text, label) of each test row [N]. labels: class names [K].
+        true, predicted: classes [N]. probabilities: of each class [N, K].
+        metrics: metrics.json. calibration: of its validation rows, where it has one. storage: bytes of what must be kept of it.
+    """
+
+    name: str
+    run: Path
+    labels: list[str]
+    rows: list[tuple[str, str]]
+    true: np.ndarray
+    predicted: np.ndarray
+    probabilities: np.ndarray
+    metrics: dict[str, float]
+    calibration: calibration.Calibration | None
+    storage: int
+
+    @property
+    def right(self) -> np.ndarray:
+        """Whether each row is answered rightly [N]."""
+        return np.asarray(self.true == self.predicted)
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """Counts [K, K], a row for each true class."""
+        k = len(self.labels)
+        return np.bincount(self.true * k + self.predicted, minlength=k * k).reshape(k, k)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two runs beside each other.
+
+    Attributes:
+        only_first, only_second: rows that only one has right. p: of McNemar's test, for all pairs of the comparison (Holm 1979).
+        shows: the difference of accuracies from which on these rows would have shown one.
+    """
+
+    first: str
+    second: str
+    rows: int
+    only_first: int
+    only_second: int
+    p: float
+    shows: float
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of the first less that of the second."""
+        return (self.only_first - self.only_second) / self.rows
+
+    @property
+    def verdict(self) -> str:
+        """In plain words."""
+        if self.p < ENOUGH:
+            better, worse = (self.first, self.second) if self.difference > 0 else (self.second, self.first)
+            return f"{better} is better than {worse} by {100 * abs(self.difference):.2f} points (p = {self.p:.2g})"
+        seen = f"{100 * abs(self.difference):.2f} points apart"
+        enough = f"; {100 * self.shows:.2f} would have shown" if np.isfinite(self.shows) else ""
+        return f"no difference between {self.first} and {self.second} that these {self.rows:,} rows can show ({seen}{enough})"
+
+
+def read(run: Path, name: str) -> Compared:
+    """One run.
+
+    Raises:
+        ConfigError: it is not finished, or has no labelled test rows.
+    """
+    finished = run / "metrics.json"
+    if not finished.is_file():
+        raise ConfigError("runs", run, "is no finished run: it has no metrics.json", f"python train.py resume={run}")
+    answers = run / "predictions.jsonl"
+    rows = [json.loads(line) for line in answers.read_text("utf-8").splitlines()] if answers.is_file() else []
+    if not rows or any(row.get("label") is None or "probabilities" not in row for row in rows):
+        raise ConfigError("runs", run, "has no test rows with labels to compare", "a run on labelled data, with test rows")
+    labels = list(rows[0]["probabilities"])
+    number = {label: i for i, label in enumerate(labels)}
+    weights = weights_folder(run)
+    return Compared(
+        name,
+        run,
+        labels,
+        [(row["text"], row["label"]) for row in rows],
+        np.array([number[row["label"]] for row in rows]),
+        np.array([number[row["prediction"]] for row in rows]),
+        np.array([[row["probabilities"][label] for label in labels] for row in rows]),
+        json.loads(finished.read_text("utf-8")),
+        calibration.read(weights),
+        sum(f.stat().st_size for f in weights.glob("*.safetensors")),
+    )
+
+
+def check_same_rows(runs: Sequence[Compared]) -> None:
+    """All were tested on the same rows in the same order.
+
+    Raises:
+        ConfigError: the first difference.
+    """
+    first = runs[0]
+    for other in runs[1:]:
+        if first.labels != other.labels:
+            raise ConfigError("runs", other.run, f"has labels {', '.join(other.labels)}; {first.name} has {', '.join(first.labels)}")
+        if len(first.rows) != len(other.rows):
+            raise ConfigError("runs", other.run, f"was tested on {len(other.rows):,} rows, {first.name} on {len(first.rows):,}")
+        for i, (a, b) in enumerate(zip(first.rows, other.rows, strict=True)):
+            if a != b:
+                raise ConfigError(
+                    "runs", other.run, f"was tested on other rows than {first.name}: row {i + 1} is {b[0][:60]!r}, not {a[0][:60]!r}"
+                )
+
+
+def figures(of: Compared) -> dict[str, Any]:
+    """What is said of one run: how good, with intervals; how far its probabilities can be believed; what it cost."""
+    spread = statistics.intervals(of.true, of.predicted, len(of.labels))
+    known = {name: of.metrics.get(key) for name, key in COSTS.items()}
+    return {
+        "name": of.name,
+        "run": str(of.run),
+        "rows": len(of.true),
+        "accuracy": float(of.right.mean()),
+        "accuracy_interval": spread["accuracy"],
+        "f1_macro": float(statistics.macro_f1(of.confusion)),
+        "f1_macro_interval": spread["f1_macro"],
+        "ece": calibration.expected_calibration_error(of.probabilities.max(1), of.right),
+        "temperature": of.calibration.temperature if of.calibration else None,
+        "confusion": of.confusion.tolist(),
+        "storage_bytes": of.storage,
+        **known,
+    }
+
+
+# figure -> key of metrics.json
+COSTS = {
+    "train_seconds": "train/seconds",
+    "train_samples_per_second": "train/samples_per_second",
+    "test_samples_per_second": "test/samples_per_second",
+    "peak_gib": "memory/peak_gib",
+}
+
+
+def pairs(runs: Sequence[Compared]) -> list[Pair]:
+    """Every two runs, in the order given."""
+    counted = [(a, b, int((a.right & ~b.right).sum()), int((b.right & ~a.right).sum())) for a, b in combinations(runs, 2)]
+    corrected = holm([statistics.mcnemar(only_a, only_b) for _, _, only_a, only_b in counted])
+    return [
+        Pair(a.name, b.name, len(a.true), only_a, only_b, p, statistics.smallest_difference(only_a + only_b, len(a.true)))
+        for (a, b, only_a, only_b), p in zip(counted, corrected, strict=True)
+    ]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values of several tests, so that the chance of any false alarm is that of one (Holm 1979)."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, p_values[i] * (len(p_values) - rank)))
+        corrected[i] = highest
+    return corrected
+
+
+def disagreements(runs: Sequence[Compared], most: int = 200) -> list[dict[str, Any]]:
+    """Rows that the runs answer differently, those with the fewest right answers first."""
+    answers = np.stack([run.predicted for run in runs])
+    apart = (answers != answers[0]).any(0).nonzero()[0]
+    right = np.stack([run.right for run in runs]).sum(0)
+    chosen = sorted(apart.tolist(), key=lambda i: (int(right[i]), i))[:most]
+    labels = runs[0].labels
+    return [
+        {
+            "text": runs[0].rows[i][0],
+            "label": runs[0].rows[i][1],
+            "answers": {run.name: {"label": labels[run.predicted[i]], "probability": float(run.probabilities[i].max())} for run in runs},
+        }
+        for i in chosen
+    ]
