@@ -39,26 +39,36 @@ def ask_row(task: dict[str, Any], fields: dict[str, Any], column: str | None, or
     """One row of a file: by the training data's columns where it has them, else by its text column.
 
     Raises:
-        BadRow: no text in it.
+        BadRow: no text in it, or something else than one.
     """
     if column is None and task.get("kind") == "chat" and task.get("messages_column") in fields:
         turns = parse_messages(fields[task["messages_column"]])
         if turns[-1].role == "assistant":
             turns.pop()
+        if not turns or turns[-1].role != "user":
+            raise BadRow("has no message by the user")
         return Example(origin, messages=(*turns, Message("assistant", "")))
     if column is None and task.get("kind") == "instruction" and fields.get(task["prompt_column"]):
-        given = str(fields.get(task.get("input_column") or "") or "").strip()
-        return Example(
-            origin,
-            prompt=fill_instruction(
-                task["prompt_template"], task["prompt_template_with_input"], str(fields[task["prompt_column"]]).strip(), given
-            ),
-        )
+        given = _text_of(fields, task.get("input_column") or "")
+        if not (prompt := _text_of(fields, task["prompt_column"])):
+            raise BadRow(f"has no {task['prompt_column']}")
+        return Example(origin, prompt=fill_instruction(task["prompt_template"], task["prompt_template_with_input"], prompt, given))
     name = column or text_column(task, fields)
-    value = fields.get(name)
-    if value is None or not str(value).strip():
+    if not (text := _text_of(fields, name)):
         raise BadRow(f"has no {name}")
-    return ask_text(task, str(value).strip(), origin)
+    return ask_text(task, text, origin)
+
+
+def _text_of(fields: dict[str, Any], name: str) -> str:
+    """A column's value as text, numbers too; "" where there is none.
+
+    Raises:
+        BadRow: a list or an object, which is no text.
+    """
+    value = fields.get(name)
+    if isinstance(value, (list, dict)):
+        raise BadRow(f"has a {type(value).__name__} as {name}, not a text")
+    return "" if value is None else str(value).strip()
 
 
 def text_column(task: dict[str, Any], fields: dict[str, Any]) -> str:
