@@ -2,6 +2,7 @@
 
 state.json    what the answers depend on, and the survey of the input
 lock          one process at a time
+whole         the output, until it is written and gets its name
 <fingerprint>-head.<ending>, <fingerprint>-<chunk>.<ending>
               what the output begins with, and each chunk's rows with their answers; parts of another fingerprint are nobody's
 """
@@ -11,17 +12,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
+import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lorica.answers import join
 from lorica.data.asked_file import Survey
-from lorica.durable import MANIFEST, replacing, sha256, write_json
+from lorica.durable import MANIFEST, replacing, sha256, sync_folder, write_json
 from lorica.runs import Held
 
-STATE = "state.json"
+STATE, LOCK, WHOLE = "state.json", "lock", "whole"
+OURS = re.compile(r"[0-9a-f]{12}-(head|[0-9]{7})\.[a-z]+|state\.json|lock|whole|\..+\.tmp")
 
 
 class Parts:
@@ -49,12 +53,12 @@ class Parts:
             ConfigError: another process writes there.
         """
         self.folder.mkdir(exist_ok=True)
-        self._held = Held(self.folder, "lock", "output", "answering")
+        self._held = Held(self.folder, LOCK, "output", "answering")
         before = self._state().get("identity")
         why = ""
         if before != self.identity:
-            for file in self.folder.iterdir():
-                if file.name not in (STATE, "lock"):
+            for file in self._files():
+                if file.name not in (STATE, LOCK):
                     why = _difference(before, self.identity)
                     file.unlink()
         chunks = [list(chunk) for chunk in survey.chunks]
@@ -87,14 +91,23 @@ class Parts:
             DiskFull: it doesn't fit; the parts stay.
         """
         paths = [self.path(i) for i in range(chunks)]
-        with replacing(self.output, sum(path.stat().st_size for path in paths)) as file:
+        with replacing(self.folder / WHOLE, sum(path.stat().st_size for path in paths)) as file:
             join(self.path(None), paths, file)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        os.replace(self.folder / WHOLE, self.output)
+        sync_folder(self.output.parent)
+        for ours in self._files():
+            ours.unlink()
+        with suppress(OSError):  # somebody else's file is in it
+            self.folder.rmdir()
 
     def release(self) -> None:
         """Let others in."""
         if self._held is not None:
             self._held.release()
+
+    def _files(self) -> list[Path]:
+        """The folder's files that this module wrote."""
+        return [file for file in self.folder.iterdir() if OURS.fullmatch(file.name)]
 
     def _state(self) -> dict[str, Any]:
         """state.json, or {} where there is none that can be read."""

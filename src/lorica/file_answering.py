@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 @dataclass
 class Job:
-    """A file to answer. kind: of the devices. task: lorica.json's content. column: where it was said."""
+    """A file to answer. kind: of the devices. task: lorica.json's content."""
 
     config: PredictConfig
     kind: str
@@ -72,7 +72,7 @@ def answer_chunks(job: Job, predictor: Predictor, wanted: Sequence[int], done: C
     """
     layout, size = job.layout(predictor.labels), job.config.batch_size
     answered: deque[tuple[Chunk, Callable[[], list[Answer]]]] = deque()
-    chunks = read_chunks(job.source, job.survey, job.task, job.config.text_column, set(wanted))
+    chunks = read_chunks(job.source, job.survey, job.task, set(wanted))
 
     def counted(n: int) -> None:
         done(n)

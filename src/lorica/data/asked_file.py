@@ -27,12 +27,16 @@ class Survey:
 
     chunks: (rows, rows that can be answered) of each. first_faults: of rows that can't be, by file and line. columns: name -> kind of
     its values: text, bool, int (wide beyond WHOLE), float or json; in the order they first appear, empty where nobody needs them.
+    column: the one with the texts, where it was said. only: the only one of the first sound row, which has none by the names of the
+    training data.
     """
 
     chunks: list[tuple[int, int]] = field(default_factory=list)
     faults: int = 0
     first_faults: list[str] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)
+    column: str | None = None
+    only: str | None = None
 
     @property
     def answerable(self) -> int:
@@ -66,12 +70,12 @@ def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_row
     Raises:
         ConfigError: columns with the names of ours, no text column, too many columns for a table, a file that can't be read.
     """
-    survey, checked = Survey(), False
+    survey, checked = Survey(column=column), False
     rows = sound = letters = 0
     for row in read_input(path):
         if not checked and not row.fault:
             checked = True
-            _check_column(path, task, column, row)
+            survey.only = _only_column(path, task, column, row.fields)
         for name in ADDED:
             if name in row.fields:
                 raise ConfigError("input", path, f"has a column {name}, which the answers would be written over", "rename that column")
@@ -80,7 +84,7 @@ def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_row
             if len(survey.columns) > MOST_COLUMNS:
                 raise ConfigError("output", None, f"{path.name} has more than {MOST_COLUMNS:,} columns", "output=scored.jsonl")
         rows, letters = rows + 1, letters + _letters(row.fields)
-        if isinstance(asked := ask(row, task, column), Example):
+        if isinstance(asked := ask(row, task, survey), Example):
             sound += 1
         else:
             survey.faults += 1
@@ -94,8 +98,8 @@ def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_row
     return survey
 
 
-def read_chunks(path: Path, survey: Survey, task: dict[str, Any], column: str | None, wanted: Collection[int]) -> Iterator[Chunk]:
-    """Those chunks of a surveyed file that are wanted, in order; arguments as of `look_through`.
+def read_chunks(path: Path, survey: Survey, task: dict[str, Any], wanted: Collection[int]) -> Iterator[Chunk]:
+    """Those chunks of a surveyed file that are wanted, in order.
 
     Raises:
         ConfigError: the file has other rows now.
@@ -106,7 +110,7 @@ def read_chunks(path: Path, survey: Survey, task: dict[str, Any], column: str | 
         if number not in wanted:
             next(islice(reader, size - 1, size), None)
             continue
-        asked = {i: ask(row, task, column) for i, row in enumerate(rows)}
+        asked = {i: ask(row, task, survey) for i, row in enumerate(rows)}
         examples = {i: e for i, e in asked.items() if isinstance(e, Example)}
         if (len(rows), len(examples)) != (size, sound):
             raise changed(path)
@@ -118,27 +122,25 @@ def changed(path: Path) -> ConfigError:
     return ConfigError("input", path, "was changed while it was read", "the same command again, once it is whole")
 
 
-def ask(row: Row, task: dict[str, Any], column: str | None) -> Example | str:
-    """A row as an example, or why it can't be one, by file and line."""
+def ask(row: Row, task: dict[str, Any], survey: Survey) -> Example | str:
+    """A row of a surveyed file as an example, or why it can't be one, by file and line."""
     try:
         if row.fault:
             raise BadRow(row.fault)
-        return ask_row(task, row.fields, column, row.origin)
+        return ask_row(task, row.fields, survey.column, row.origin, survey.only)
     except BadRow as e:
         return f"{row.origin} {e}"
 
 
-def _check_column(path: Path, task: dict[str, Any], column: str | None, row: Row) -> None:
-    """Refuse a file whose first sound row has no text column."""
-    name = column or text_column(task, row.fields)
-    if name not in row.fields and task.get("kind") not in ("chat", "instruction"):
-        there = ", ".join(row.fields)
-        raise ConfigError(
-            "text_column",
-            name,
-            f"{path.name} has no such column; it has {there or 'none'}",
-            f"text_column={next(iter(row.fields), '...')}",
-        )
+def _only_column(path: Path, task: dict[str, Any], column: str | None, fields: dict[str, Any]) -> str | None:
+    """`Survey.only`, by the file's first sound row, which is refused where it has no text column."""
+    name = column or text_column(task, fields)
+    if name in fields:
+        return name if len(fields) == 1 and column is None else None
+    if task.get("kind") not in ("chat", "instruction"):
+        there, first = ", ".join(fields) or "none", next(iter(fields), "...")
+        raise ConfigError("text_column", name, f"{path.name} has no such column; it has {there}", f"text_column={first}")
+    return None
 
 
 def _letters(fields: dict[str, Any]) -> int:

@@ -35,9 +35,11 @@ def ask_text(task: dict[str, Any], text: str, origin: str = "") -> Example:
     return Example(origin, text=text, prompt=text)
 
 
-def ask_row(task: dict[str, Any], fields: dict[str, Any], column: str | None, origin: str) -> Example:
+def ask_row(task: dict[str, Any], fields: dict[str, Any], column: str | None, origin: str, only: str | None = None) -> Example:
     """One row of a file: by the training data's columns where it has them, else by its text column.
 
+    Args:
+        column: the one with the text, where it was said. only: the only one of the file.
     Raises:
         BadRow: no text in it, or something else than one.
     """
@@ -53,7 +55,7 @@ def ask_row(task: dict[str, Any], fields: dict[str, Any], column: str | None, or
         if not (prompt := _text_of(fields, task["prompt_column"])):
             raise BadRow(f"has no {task['prompt_column']}")
         return Example(origin, prompt=fill_instruction(task["prompt_template"], task["prompt_template_with_input"], prompt, given))
-    name = column or text_column(task, fields)
+    name = column or _known_column(task, fields) or only or str(task.get("text_column") or "text")
     if not (text := _text_of(fields, name)):
         raise BadRow(f"has no {name}")
     return ask_text(task, text, origin)
@@ -72,11 +74,14 @@ def _text_of(fields: dict[str, Any], name: str) -> str:
 
 
 def text_column(task: dict[str, Any], fields: dict[str, Any]) -> str:
-    """The column with the text: the training data's, else `text`, else the only one."""
-    for name in (task.get("text_column"), task.get("input_column"), task.get("prompt_column"), "text"):
-        if name and name in fields:
-            return str(name)
-    return next(iter(fields)) if len(fields) == 1 else str(task.get("text_column") or "text")
+    """The column with a file's texts, by a row that is sound: the training data's, else `text`, else the only one."""
+    only = next(iter(fields)) if len(fields) == 1 else None
+    return _known_column(task, fields) or only or str(task.get("text_column") or "text")
+
+
+def _known_column(task: dict[str, Any], fields: dict[str, Any]) -> str | None:
+    names = (task.get("text_column"), task.get("input_column"), task.get("prompt_column"), "text")
+    return next((str(name) for name in names if name and name in fields), None)
 
 
 def typed_text(task: dict[str, Any], example: Example) -> str:
