@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from lorica.models.trained import Trained
 
 BATCH = 32  # texts at once
 ELEMENTS = 1 << 26  # of the hidden states of texts at once on a GPU, where labels are scored: 16,384 tokens of Mistral-7B
+LETTERS = 4  # to a token, about
 
 
 def uncounted(n: int) -> None:
@@ -55,8 +57,8 @@ class Predictor:
     def warm_up(self, examples: Sequence[Example], batch_size: int | None) -> None:
         """Score about a batch of the examples on a GPU, for what a first forward loads and allocates."""
         if self.labels and self.trained.model.device.type == "cuda":
-            items = self.encode(examples)
-            self.begin([e for e, n in zip(items, np.cumsum(self._lengths(items)), strict=True) if n < self._tokens], batch_size)()
+            letters = itertools.accumulate(len(e.text or e.prompt) for e in examples)
+            self.answer([e for e, n in zip(examples, letters, strict=True) if n < self._tokens * LETTERS], batch_size)
 
     def answer(self, examples: Sequence[Example], batch_size: int | None = None, done: Callable[[int], None] = uncounted) -> list[Answer]:
         """Answers in the order of the examples; as `begin`."""
