@@ -84,7 +84,7 @@ def _answer_file(config: PredictConfig, screen: Screen, stop: Stop) -> int:
     if source.stat().st_size > LARGE:
         screen.print(f"looking through {source} ({source.stat().st_size / 2**30:.1f} GiB)")
     parts = Parts(target, _identity(config, run, task, source, kind, chunk_rows))
-    survey = parts.surveyed() or look_through(source, task, config.text_column, chunk_rows, target.suffix.lower() != ".jsonl")
+    survey = parts.surveyed() or look_through(source, task, config.text_column, chunk_rows, target.suffix.lower())
     if why := parts.hold(survey):
         screen.note(f"what {parts.folder} had is not gone on with ({why})")
     try:

@@ -348,7 +348,7 @@ def test_chunks_end_at_so_many_rows_or_letters(tmp_path: Path, monkeypatch: pyte
     file = tmp_path / "in.jsonl"
     sizes = [1, 1, 1, 99, 1, 250, 40, 40, 40, 1]
     file.write_text("".join(json.dumps({"text": n * "a"}) + "\n" for n in sizes) + "{}\n", "utf-8")
-    survey = look_through(file, TASK, None, 4, table=False)
+    survey = look_through(file, TASK, None, 4, ".jsonl")
     assert survey.chunks == [(4, 4), (2, 2), (3, 3), (2, 1)] and survey.faults == 1 and not survey.columns
     for wanted in ([0, 1, 2, 3], [1, 3], [2], []):
         found = list(read_chunks(file, survey, TASK, wanted))
@@ -370,7 +370,7 @@ def test_memory_does_not_grow_with_the_file(ending: str, tmp_path: Path) -> None
             file.write_text("id,text\n" + "".join(f"{r['id']},{r['text']}\n" for r in rows), "utf-8")
         del rows
         tracemalloc.start()
-        survey = look_through(file, TASK, None, 500, table=True)
+        survey = look_through(file, TASK, None, 500, ".parquet")
         assert sum(len(chunk.examples) for chunk in read_chunks(file, survey, TASK, range(len(survey.chunks)))) == n
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()

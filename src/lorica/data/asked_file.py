@@ -14,7 +14,7 @@ from lorica.data.examples import Example
 from lorica.data.module import BadRow
 from lorica.data.readers import Row, read_rows
 
-ADDED = ("prediction", "probability", "probabilities", "error")  # what an answered row has besides its own
+ADDED = frozenset(("prediction", "probability", "probabilities", "error"))  # what an answered row has besides its own
 CHUNK_LETTERS = 1 << 23  # of a chunk's rows: what they take in memory
 MOST_COLUMNS = 10_000  # of a table
 SHOWN_FAULTS = 3
@@ -26,9 +26,9 @@ class Survey:
     """What is in a file.
 
     chunks: (rows, rows that can be answered) of each. first_faults: of rows that can't be, by file and line. columns: name -> kind of
-    its values: text, bool, int (wide beyond WHOLE), float or json; in the order they first appear, empty where nobody needs them.
-    column: the one with the texts, where it was said. only: the only one of the first sound row, which has none by the names of the
-    training data.
+    its values: text, bool, int (wide beyond WHOLE), float or json, "" where nobody asks; in the order they first appear, none where
+    the output has no columns. column: the one with the texts, where it was said. only: the only one of the first sound row, which has
+    none by the names of the training data.
     """
 
     chunks: list[tuple[int, int]] = field(default_factory=list)
@@ -62,25 +62,29 @@ def read_input(path: Path) -> Iterator[Row]:
         raise ConfigError("input" if e.where == "data.path" else e.where, e.value, e.rule, e.fix) from None
 
 
-def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_rows: int, table: bool) -> Survey:
+def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_rows: int, ending: str) -> Survey:
     """Read the whole file once: rows in chunks of `chunk_rows`, or fewer that hold CHUNK_LETTERS.
 
     Args:
-        task: lorica.json. column: the one with the text, where it was said. table: the answers are written in columns.
+        task: lorica.json. column: the one with the text, where it was said. ending: of the file that the answers are written to.
     Raises:
         ConfigError: columns with the names of ours, no text column, too many columns for a table, a file that can't be read.
     """
     survey, checked = Survey(column=column), False
+    table, kinds = ending != ".jsonl", ending == ".parquet"
     rows = sound = letters = 0
     for row in read_input(path):
         if not checked and not row.fault:
             checked = True
             survey.only = _only_column(path, task, column, row.fields)
-        for name in ADDED:
-            if name in row.fields:
-                raise ConfigError("input", path, f"has a column {name}, which the answers would be written over", "rename that column")
+        if not ADDED.isdisjoint(row.fields):
+            name = next(name for name in row.fields if name in ADDED)
+            raise ConfigError("input", path, f"has a column {name}, which the answers would be written over", "rename that column")
         if table:
-            _note_kinds(survey.columns, row.fields)
+            if kinds:
+                _note_kinds(survey.columns, row.fields)
+            elif not row.fields.keys() <= survey.columns.keys():
+                survey.columns.update(dict.fromkeys(row.fields, ""))
             if len(survey.columns) > MOST_COLUMNS:
                 raise ConfigError("output", None, f"{path.name} has more than {MOST_COLUMNS:,} columns", "output=scored.jsonl")
         rows, letters = rows + 1, letters + _letters(row.fields)
