@@ -28,6 +28,7 @@ from lorica.config import (
 )
 
 DATA_ENDINGS = (".csv", ".jsonl", ".json", ".parquet")
+ANSWERED_ENDINGS = (".csv", ".jsonl", ".parquet")  # of files that are read and written row by row
 
 # What a key of ours is called in transformers, PEFT, Lightning and everyday speech; told to those who type that.
 ELSEWHERE = {
@@ -324,17 +325,16 @@ def _check_trainer(config: TrainConfig) -> None:
         raise ConfigError("resume", config.resume, rule, f"resume={near or 'auto'}")
 
 
-def _check_devices(devices: Any) -> None:
+def _check_devices(devices: Any, name: str = "trainer.devices") -> None:
     numbers = isinstance(devices, list) and devices and all(isinstance(d, int) and d >= 0 for d in devices)
     count = isinstance(devices, int) and not isinstance(devices, bool) and (devices == -1 or devices >= 1)
     if not (numbers or count or devices == "auto"):
-        raise ConfigError(
-            "trainer.devices", devices, "must be auto, a number of devices, -1 for all, or a list of their numbers", "trainer.devices=1"
-        )
+        raise ConfigError(name, devices, "must be auto, a number of devices, -1 for all, or a list of their numbers", f"{name}=1")
 
 
 def _check_predict(config: PredictConfig) -> None:
     _check_folder("run", config.run)
+    _check_devices(config.devices, "devices")
     if (config.text is None) == (config.input is None):
         raise ConfigError("text", config.text, "give one text or one input file", 'text="..." or input=reviews.csv')
     if config.input is not None:
@@ -342,12 +342,14 @@ def _check_predict(config: PredictConfig) -> None:
         if not path.is_file():
             raise ConfigError("input", config.input, "there is no such file" + sibling(path))
         for name, file in (("input", config.input), ("output", config.output)):
-            if file is not None and Path(file).suffix.lower() not in (".csv", ".jsonl"):
-                raise ConfigError(name, file, "must end in .csv or .jsonl")
+            if file is not None and Path(file).suffix.lower() not in ANSWERED_ENDINGS:
+                raise ConfigError(name, file, f"must end in {', '.join(ANSWERED_ENDINGS)}")
         if config.output is not None and Path(config.output).resolve() == path.resolve():
             raise ConfigError("output", config.output, "is the input itself")
     elif config.output is not None:
         raise ConfigError("output", config.output, "is written only for an input file", "input=reviews.csv")
+    elif config.devices not in ("auto", 1) and not (isinstance(config.devices, list) and len(config.devices) == 1):
+        raise ConfigError("devices", config.devices, "share an input file; one text is answered by one", "leave it out")
 
 
 def _check_folder(name: str, value: str) -> None:

@@ -389,9 +389,10 @@ class PredictConfig:
     run: str = key("???", "run folder, adapter folder or merged model folder")
     text: str | None = key(None, "one text to answer; give this or input")
     input: str | None = key(
-        None, "csv or jsonl file to answer, row by row, without a column prediction, probability, probabilities or error; give this or text"
+        None,
+        "csv, jsonl or parquet file to answer, row by row, without a column prediction, probability, probabilities or error; give this or text",
     )
-    output: str | None = key(None, "file to write (csv or jsonl by its ending); null: beside the input, as <name>.scored.<ending>")
+    output: str | None = key(None, "file to write (csv, jsonl or parquet by its ending); null: beside the input, as <name>.scored.<ending>")
     text_column: str | None = key(None, "column of the input file with the text; null: that of the training data, else `text`")
     base: str | None = key(None, "load the base model from here instead of where it was at training time")
     batch_size: int | None = key(
@@ -404,6 +405,9 @@ class PredictConfig:
         None, "longest generated answer; null: data.max_new_tokens of the training run, else 256", unit="tokens", low=1
     )
     accelerator: str = key("auto", "where to run", choices=("auto", "cpu", "gpu", "cuda", "mps"))
+    devices: Any = key(
+        "auto", "how many devices share the input file, a process on each; -1 for all, a list of their numbers, or auto for one"
+    )
 
 
 @dataclass

@@ -60,7 +60,8 @@ loaded, with the key, the value, the rule and what to type instead.
 | 0 | done |
 | 1 | failed: training (the traceback is in train.log), runs of a grid, or rows of an input file that got no prediction |
 | 2 | the configuration, a file or the machine can't be used for this |
-| 130 | interrupted |
+| 75 | asked to stop; what is done is kept: `train` goes on with `resume=auto`, `predict` with the same command |
+| 130 | interrupted, with nothing kept |
 
 | environment variable | meaning |
 |---|---|

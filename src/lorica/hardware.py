@@ -59,14 +59,7 @@ def choose(trainer: TrainerConfig, precision: str | None = None) -> Machine:
     Raises:
         ConfigError: the machine lacks what is asked for.
     """
-    cuda = torch.cuda.is_available()
-    mps = torch.backends.mps.is_available()
-    accelerator = trainer.accelerator
-    if accelerator in ("gpu", "cuda") and not (cuda or (mps and accelerator == "gpu")):
-        raise ConfigError("trainer.accelerator", accelerator, "this machine has no usable GPU", "trainer.accelerator=auto")
-    if accelerator == "mps" and not mps:
-        raise ConfigError("trainer.accelerator", accelerator, "this machine has no Apple GPU", "trainer.accelerator=auto")
-    kind = "cpu" if accelerator == "cpu" or not (cuda or mps) else "cuda" if cuda else "mps"
+    kind = accelerator_kind(trainer.accelerator)
     devices, numbers = _devices(trainer.devices, kind)
     if kind == "cuda":
         device = torch.device("cuda", numbers[launch.local_rank() % len(numbers)])
@@ -80,6 +73,30 @@ def choose(trainer: TrainerConfig, precision: str | None = None) -> Machine:
     asked = precision if precision is not None and trainer.precision == "auto" else trainer.precision
     resolved, notes = _precision(asked, device)
     return Machine(kind, devices, device, rank, world, resolved, notes)
+
+
+def accelerator_kind(asked: str) -> str:
+    """cpu, cuda or mps.
+
+    Raises:
+        ConfigError: the machine has no such device.
+    """
+    cuda = torch.cuda.is_available()
+    mps = torch.backends.mps.is_available()
+    if asked in ("gpu", "cuda") and not (cuda or (mps and asked == "gpu")):
+        raise ConfigError("trainer.accelerator", asked, "this machine has no usable GPU", "trainer.accelerator=auto")
+    if asked == "mps" and not mps:
+        raise ConfigError("trainer.accelerator", asked, "this machine has no Apple GPU", "trainer.accelerator=auto")
+    return "cpu" if asked == "cpu" or not (cuda or mps) else "cuda" if cuda else "mps"
+
+
+def device_numbers(asked: Any, kind: str) -> list[int]:
+    """The numbers of the devices that are asked for, on this machine.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    return _devices(asked, kind)[1]
 
 
 def _devices(asked: Any, kind: str) -> tuple[Any, list[int]]:

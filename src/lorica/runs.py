@@ -115,24 +115,29 @@ def _make(folder: Path, by_time: bool) -> Path:
 
 
 class Held:
-    """A run folder that no other process may train in: an advisory lock, which the system gives up when this process ends.
+    """A folder that no other process may write to: an advisory lock, which the system gives up when this process ends.
 
+    Args:
+        lock: its file in the folder. key: what the user chose the folder by. doing: what others would do there.
     Raises:
         ConfigError: another process has it.
     """
 
     _open: ClassVar[set[int]] = set()
 
-    def __init__(self, folder: Path) -> None:
-        (folder / ".hydra").mkdir(exist_ok=True)
-        self.descriptor = os.open(folder / ".hydra" / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    def __init__(self, folder: Path, lock: str = ".hydra/lock", key: str = "run_dir", doing: str = "training") -> None:
+        file = folder / lock
+        file.parent.mkdir(exist_ok=True)
+        self.descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self.descriptor).st_nlink == 0:  # whoever had it has just removed the folder
+                raise BlockingIOError
         except BlockingIOError:
             who = os.read(self.descriptor, 100).decode("utf-8", "replace").strip()
             os.close(self.descriptor)
             raise ConfigError(
-                "run_dir", folder, f"another process is training there ({who or 'unknown'})", "another run_dir, or wait for it"
+                key, folder, f"another process is {doing} there ({who or 'unknown'})", f"another {key}, or wait for it"
             ) from None
         except OSError:
             pass  # a file system without locks

@@ -26,9 +26,13 @@ class Stop:
 
     While `deferred`, a signal is only noted: whoever set it looks at `asked` where it can save. Otherwise, and at a second Ctrl-C,
     `Interrupted` is raised at once.
+
+    Args:
+        promise: what a person is told when a signal is noted; nothing where it is empty.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, promise: str = "the state is saved after this step") -> None:
+        self.promise = promise
         self.asked: int | None = None
         self.deferred = False
         self._before: dict[int, Any] = {}
@@ -57,7 +61,8 @@ class Stop:
         self.asked = signum
         if again or not self.deferred:
             raise Interrupted(signum)
-        os.write(2, f"\nlorica: {signal.Signals(signum).name}: the state is saved after this step\n".encode())
+        if self.promise:
+            os.write(2, f"\nlorica: {signal.Signals(signum).name}: {self.promise}\n".encode())
 
 
 def in_worker(worker: int) -> None:

@@ -148,6 +148,17 @@ MORE_MISTAKES = {
     "column for a text": wrong(
         "run=outputs/2026-01-01 | text=hi | text_column=review", "text_column=review: names a column of an input file", verb="predict"
     ),
+    "devices for one text": wrong(
+        "run=outputs/2026-01-01 | text=hi | devices=2", "devices=2: share an input file; one text is answered by one", verb="predict"
+    ),
+    "no devices of predict": wrong(
+        "run=outputs/2026-01-01 | text=hi | devices=0", "devices=0: must be auto", "try: devices=1", verb="predict"
+    ),
+    "answers as a text file": wrong(
+        "run=outputs/2026-01-01 | input=data/reviews.csv | output=x.txt",
+        "output=x.txt: must end in .csv, .jsonl, .parquet",
+        verb="predict",
+    ),
     "blank text": wrong("run=outputs/2026-01-01 | text=  ", "text='  ': is empty", verb="predict"),
     "text in another encoding": wrong("run=outputs/2026-01-01 | text=caf\udce9", "has bytes that are not UTF-8", verb="predict"),
     "run folder that is finished": wrong("resume=finished", "resume=finished: that run is finished"),

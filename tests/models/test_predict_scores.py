@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from lorica.answering import BATCH, Predictor
 from lorica.data.encoding import CausalEncoder
 from lorica.data.examples import Example
 from lorica.kernels import attention
 from lorica.models.trained import Trained, load_trained
-from lorica.predict import BATCH, Predictor
 
 CPU = torch.device("cpu")
 LABELS = ["good", "good enough", "bad"]  # one begins as another does: a text has several sequences

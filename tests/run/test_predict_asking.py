@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from lorica import composition, predict, summary
+from lorica import composition, file_answering, summary
+from lorica.answering import Predictor
+from lorica.answers import Answer
 from lorica.config import (
     ChatDataConfig,
     ClassificationDataConfig,
@@ -130,15 +132,18 @@ def test_weights_without_the_key_go_by_the_name_of_their_data() -> None:
 def test_a_column_that_answers_would_be_written_over_is_refused(
     column: str, ending: str, tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict, "load_trained", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr(file_answering, "load_trained", lambda *a: pytest.fail("loaded"))
     file = tmp_path / f"in.{ending}"
     if ending == "csv":
         file.write_text(f"text,{column}\nso,mine\n", "utf-8")
     else:
         file.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps({"text": "so", column: "mine"}) + "\n", "utf-8")
-    code, printed = lorica("predict", f"run={tmp_path}", f"input={file}")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}", "utf-8")
+    code, printed = lorica("predict", f"run={model}", f"input={file}")
     assert code == 2 and f"has a column {column}," in printed and "rename that column" in printed
-    assert {f.name for f in tmp_path.iterdir()} == {file.name}
+    assert {f.name for f in tmp_path.iterdir()} == {file.name, model.name}
 
 
 # ---------------------------------------------------------------------------------------------------- a model that writes
@@ -158,11 +163,12 @@ def test_answers_are_as_long_as_in_training_unless_said(
 ) -> None:
     asked: list[tuple[str, int]] = []
 
-    def answer(self: predict.Predictor, examples: list[Example], batch_size: int, done: Any = None) -> list[predict.Answer]:
+    def begin(self: Predictor, examples: list[Example], batch_size: int, done: Any = None) -> Callable[[], list[Answer]]:
         asked.extend((e.messages[0].content, self.max_new_tokens) for e in examples)
-        return [predict.Answer("so") for _ in examples]
+        return lambda: [Answer("so") for _ in examples]
 
-    monkeypatch.setattr(predict.Predictor, "answer", answer)
+    monkeypatch.setattr(Predictor, "encode", lambda self, examples: examples)
+    monkeypatch.setattr(Predictor, "begin", begin)
     assert lorica("predict", f"run={writer}", f"text={HARD}") == (0, "so\n")
     assert lorica("predict", f"run={writer}", "text=a", "max_new_tokens=5")[0] == 0
     task = json.loads((writer / "lorica.json").read_text("utf-8"))
@@ -190,7 +196,7 @@ def test_a_model_writes_so_many_tokens(writer: Path, monkeypatch: pytest.MonkeyP
         return answers
 
     monkeypatch.setattr(CausalLMModule, "generate", counted)
-    predictor = predict.Predictor(load_trained(writer, torch.device("cpu")))
+    predictor = Predictor(load_trained(writer, torch.device("cpu")))
     predictor.answer([ask_text(predictor.task, text) for text in ("hello there", "goal")], 2)
     assert len(written) == 2 and all(n <= 3 for n in written)
 

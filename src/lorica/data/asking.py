@@ -35,38 +35,53 @@ def ask_text(task: dict[str, Any], text: str, origin: str = "") -> Example:
     return Example(origin, text=text, prompt=text)
 
 
-def ask_row(task: dict[str, Any], fields: dict[str, Any], column: str | None, origin: str) -> Example:
+def ask_row(task: dict[str, Any], fields: dict[str, Any], column: str | None, origin: str, only: str | None = None) -> Example:
     """One row of a file: by the training data's columns where it has them, else by its text column.
 
+    Args:
+        column: the one with the text, where it was said. only: the only one of the file.
     Raises:
-        BadRow: no text in it.
+        BadRow: no text in it, or something else than one.
     """
     if column is None and task.get("kind") == "chat" and task.get("messages_column") in fields:
         turns = parse_messages(fields[task["messages_column"]])
         if turns[-1].role == "assistant":
             turns.pop()
+        if not turns or turns[-1].role != "user":
+            raise BadRow("has no message by the user")
         return Example(origin, messages=(*turns, Message("assistant", "")))
     if column is None and task.get("kind") == "instruction" and fields.get(task["prompt_column"]):
-        given = str(fields.get(task.get("input_column") or "") or "").strip()
-        return Example(
-            origin,
-            prompt=fill_instruction(
-                task["prompt_template"], task["prompt_template_with_input"], str(fields[task["prompt_column"]]).strip(), given
-            ),
-        )
-    name = column or text_column(task, fields)
-    value = fields.get(name)
-    if value is None or not str(value).strip():
+        given = _text_of(fields, task.get("input_column") or "")
+        if not (prompt := _text_of(fields, task["prompt_column"])):
+            raise BadRow(f"has no {task['prompt_column']}")
+        return Example(origin, prompt=fill_instruction(task["prompt_template"], task["prompt_template_with_input"], prompt, given))
+    name = column or _known_column(task, fields) or only or str(task.get("text_column") or "text")
+    if not (text := _text_of(fields, name)):
         raise BadRow(f"has no {name}")
-    return ask_text(task, str(value).strip(), origin)
+    return ask_text(task, text, origin)
+
+
+def _text_of(fields: dict[str, Any], name: str) -> str:
+    """A column's value as text, numbers too; "" where there is none.
+
+    Raises:
+        BadRow: a list or an object, which is no text.
+    """
+    value = fields.get(name)
+    if isinstance(value, (list, dict)):
+        raise BadRow(f"has a {type(value).__name__} as {name}, not a text")
+    return "" if value is None else str(value).strip()
 
 
 def text_column(task: dict[str, Any], fields: dict[str, Any]) -> str:
-    """The column with the text: the training data's, else `text`, else the only one."""
-    for name in (task.get("text_column"), task.get("input_column"), task.get("prompt_column"), "text"):
-        if name and name in fields:
-            return str(name)
-    return next(iter(fields)) if len(fields) == 1 else str(task.get("text_column") or "text")
+    """The column with a file's texts, by a row that is sound: the training data's, else `text`, else the only one."""
+    only = next(iter(fields)) if len(fields) == 1 else None
+    return _known_column(task, fields) or only or str(task.get("text_column") or "text")
+
+
+def _known_column(task: dict[str, Any], fields: dict[str, Any]) -> str | None:
+    names = (task.get("text_column"), task.get("input_column"), task.get("prompt_column"), "text")
+    return next((str(name) for name in names if name and name in fields), None)
 
 
 def typed_text(task: dict[str, Any], example: Example) -> str:

@@ -71,7 +71,8 @@ def _csv_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
             except csv.Error as e:
                 if header is None:
                     raise ConfigError("data.path", path, f"its header line is not csv ({e})", "mend the first line") from None
-                yield Row(origin, {}, f"is not csv ({e})")
+                further = f", and takes what follows up to line {reader.line_num}" if reader.line_num > line else ""
+                yield Row(origin, {}, f"is not csv ({e}){further}")
                 continue
             if not cells:
                 continue

@@ -1,0 +1,170 @@
+"""A file of rows to answer: looked through once for what its answers need to know, then read chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lorica.config import ConfigError
+from lorica.data.asking import ask_row, text_column
+from lorica.data.examples import Example
+from lorica.data.module import BadRow
+from lorica.data.readers import Row, read_rows
+
+ADDED = frozenset(("prediction", "probability", "probabilities", "error"))  # what an answered row has besides its own
+CHUNK_LETTERS = 1 << 23  # of a chunk's rows: what they take in memory
+MOST_COLUMNS = 10_000  # of a table
+SHOWN_FAULTS = 3
+WHOLE = 2**53  # integers up to here are floating-point numbers too
+
+
+@dataclass
+class Survey:
+    """What is in a file.
+
+    chunks: (rows, rows that can be answered) of each. first_faults: of rows that can't be, by file and line. columns: name -> kind of
+    its values: text, bool, int (wide beyond WHOLE), float or json, "" where nobody asks; in the order they first appear, none where
+    the output has no columns. column: the one with the texts, where it was said. only: the only one of the first sound row, which has
+    none by the names of the training data.
+    """
+
+    chunks: list[tuple[int, int]] = field(default_factory=list)
+    faults: int = 0
+    first_faults: list[str] = field(default_factory=list)
+    columns: dict[str, str] = field(default_factory=dict)
+    column: str | None = None
+    only: str | None = None
+
+    @property
+    def answerable(self) -> int:
+        """Rows of the file that can be answered."""
+        return sum(sound for _, sound in self.chunks)
+
+
+@dataclass
+class Chunk:
+    """Some rows in a row: examples by their place among them, and why the others can't be answered."""
+
+    number: int
+    rows: list[Row]
+    examples: dict[int, Example]
+    faults: dict[int, str]
+
+
+def read_input(path: Path) -> Iterator[Row]:
+    """`read_rows`, with the key of `predict` in its errors."""
+    try:
+        yield from read_rows(path)
+    except ConfigError as e:
+        raise ConfigError("input" if e.where == "data.path" else e.where, e.value, e.rule, e.fix) from None
+
+
+def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_rows: int, ending: str) -> Survey:
+    """Read the whole file once: rows in chunks of `chunk_rows`, or fewer that hold CHUNK_LETTERS.
+
+    Args:
+        task: lorica.json. column: the one with the text, where it was said. ending: of the file that the answers are written to.
+    Raises:
+        ConfigError: columns with the names of ours, no text column, too many columns for a table, a file that can't be read.
+    """
+    survey, checked = Survey(column=column), False
+    table, kinds = ending != ".jsonl", ending == ".parquet"
+    rows = sound = letters = 0
+    for row in read_input(path):
+        if not checked and not row.fault:
+            checked = True
+            survey.only = _only_column(path, task, column, row.fields)
+        if not ADDED.isdisjoint(row.fields):
+            name = next(name for name in row.fields if name in ADDED)
+            raise ConfigError("input", path, f"has a column {name}, which the answers would be written over", "rename that column")
+        if table:
+            if kinds:
+                _note_kinds(survey.columns, row.fields)
+            elif not row.fields.keys() <= survey.columns.keys():
+                survey.columns.update(dict.fromkeys(row.fields, ""))
+            if len(survey.columns) > MOST_COLUMNS:
+                raise ConfigError("output", None, f"{path.name} has more than {MOST_COLUMNS:,} columns", "output=scored.jsonl")
+        rows, letters = rows + 1, letters + _letters(row.fields)
+        if isinstance(asked := ask(row, task, survey), Example):
+            sound += 1
+        else:
+            survey.faults += 1
+            if len(survey.first_faults) < SHOWN_FAULTS:
+                survey.first_faults.append(asked)
+        if rows == chunk_rows or letters >= CHUNK_LETTERS:
+            survey.chunks.append((rows, sound))
+            rows = sound = letters = 0
+    if rows:
+        survey.chunks.append((rows, sound))
+    return survey
+
+
+def read_chunks(path: Path, survey: Survey, task: dict[str, Any], wanted: Collection[int]) -> Iterator[Chunk]:
+    """Those chunks of a surveyed file that are wanted, in order.
+
+    Raises:
+        ConfigError: the file has other rows now.
+    """
+    reader = read_input(path)
+    for number, (size, sound) in enumerate(survey.chunks[: max(wanted, default=-1) + 1]):
+        rows = list(islice(reader, size)) if number in wanted else []
+        if number not in wanted:
+            next(islice(reader, size - 1, size), None)
+            continue
+        asked = {i: ask(row, task, survey) for i, row in enumerate(rows)}
+        examples = {i: e for i, e in asked.items() if isinstance(e, Example)}
+        if (len(rows), len(examples)) != (size, sound):
+            raise changed(path)
+        yield Chunk(number, rows, examples, {i: e for i, e in asked.items() if isinstance(e, str)})
+
+
+def changed(path: Path) -> ConfigError:
+    """Of a file that somebody writes to."""
+    return ConfigError("input", path, "was changed while it was read", "the same command again, once it is whole")
+
+
+def ask(row: Row, task: dict[str, Any], survey: Survey) -> Example | str:
+    """A row of a surveyed file as an example, or why it can't be one, by file and line."""
+    try:
+        if row.fault:
+            raise BadRow(row.fault)
+        return ask_row(task, row.fields, survey.column, row.origin, survey.only)
+    except BadRow as e:
+        return f"{row.origin} {e}"
+
+
+def _only_column(path: Path, task: dict[str, Any], column: str | None, fields: dict[str, Any]) -> str | None:
+    """`Survey.only`, by the file's first sound row, which is refused where it has no text column."""
+    name = column or text_column(task, fields)
+    if name in fields:
+        return name if len(fields) == 1 and column is None else None
+    if task.get("kind") not in ("chat", "instruction"):
+        there, first = ", ".join(fields) or "none", next(iter(fields), "...")
+        raise ConfigError("text_column", name, f"{path.name} has no such column; it has {there}", f"text_column={first}")
+    return None
+
+
+def _letters(fields: dict[str, Any]) -> int:
+    return sum(len(v) if isinstance(v, str) else len(str(v)) if isinstance(v, (list, dict)) else 8 for v in fields.values())
+
+
+def _note_kinds(kinds: dict[str, str], fields: dict[str, Any]) -> None:
+    """Widen the kinds of columns to a row's values; a column that had no value yet has the kind ""."""
+    for name, value in fields.items():
+        before = kinds.setdefault(name, "")
+        if before != "json" and value is not None and (kind := _kind(value)) != before:
+            pair = {before, kind}
+            kinds[name] = kind if not before else "float" if pair == {"int", "float"} else "wide" if pair == {"int", "wide"} else "json"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int):
+        return "int" if abs(value) <= WHOLE else "wide" if -(2**63) <= value < 2**63 else "json"
+    return "float" if isinstance(value, float) else "json"
