@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lorica.answers import Answer
-from lorica.config import OptimizerConfig
+from lorica.config import ConfigError, OptimizerConfig
 from lorica.data.batching import cut_batches
 from lorica.data.collate import collate_candidates, collate_classifier
 from lorica.data.encoding import ClassifierEncoder, Encoded, Truncation, build_encoder
@@ -31,8 +31,14 @@ def uncounted(n: int) -> None:
 class Predictor:
     """Answers examples with one trained model."""
 
-    def __init__(self, trained: Trained, max_new_tokens: int | None = None) -> None:
-        """max_new_tokens: of a written answer; None: as many as in training."""
+    def __init__(self, trained: Trained, max_new_tokens: int | None = None, target_risk: float | None = None) -> None:
+        """As the keys of `predict`.
+
+        Args:
+            max_new_tokens: of a written answer; None: as many as in training. target_risk: the share of wrong answers that may be.
+        Raises:
+            ConfigError: the model's validation can't show that it keeps the risk.
+        """
         self.trained, self.task = trained, trained.task
         self.max_new_tokens = max_new_tokens or int(self.task.get("max_new_tokens") or 256)
         self.labels: list[str] | None = self.task.get("labels")
@@ -40,6 +46,7 @@ class Predictor:
         cls = SequenceClassifierModule if isinstance(self.encoder, ClassifierEncoder) else CausalLMModule
         self.module = cls(trained.model, OptimizerConfig(), 1).eval()
         self.pad_id = int(trained.tokenizer.pad_token_id)
+        self.threshold = _threshold(trained, target_risk)
         self._tokens = ELEMENTS // trained.model.config.get_text_config().hidden_size
 
     def encode(self, examples: Sequence[Example]) -> list[Any]:
@@ -100,14 +107,15 @@ class Predictor:
             done(len(group))
         place = np.empty(len(items), np.int64)
         place[order] = np.arange(len(items))
-        found, arrived = _on_its_way(torch.cat(scores).float().exp())
+        found, arrived = _on_its_way((torch.cat(scores).float() / self.trained.temperature).softmax(1))
         names = self.labels
 
         def answers() -> list[Answer]:
             arrived()
             rows = found[torch.from_numpy(place)]
-            best = rows.argmax(1).tolist()
-            return [Answer(names[k], dict(zip(names, row, strict=True))) for k, row in zip(best, rows.tolist(), strict=True)]
+            probability, best = rows.max(1)
+            said = [names[k] if sure else None for k, sure in zip(best.tolist(), (probability >= self.threshold).tolist(), strict=True)]
+            return [Answer(name, dict(zip(names, row, strict=True))) for name, row in zip(said, rows.tolist(), strict=True)]
 
         return answers
 
@@ -141,6 +149,20 @@ class Predictor:
         with self._autocast():
             generated = self.module.generate(prompts, self.pad_id, self.max_new_tokens)
         return [Answer(self.trained.tokenizer.decode(ids, skip_special_tokens=True).strip()) for ids in generated]
+
+
+def _threshold(trained: Trained, target_risk: float | None) -> float:
+    """The probability from which on a label is said."""
+    if target_risk is None:
+        return 0.0
+    if trained.calibration is None:
+        raise ConfigError(
+            "target_risk",
+            target_risk,
+            "needs a classifier whose validation rows were kept as calibration.json; this model has none",
+            "a run on labelled data with data.validation_fraction above 0",
+        )
+    return trained.calibration.threshold(target_risk)
 
 
 def _on_its_way(values: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:

@@ -24,15 +24,15 @@ ROW_GROUP = 1 << 16  # rows of a parquet file that lie together, at least
 
 @dataclass(frozen=True)
 class Answer:
-    """A label with its probability and all of them, or a text."""
+    """A label with its probability and all of them, or a text. prediction: None where the model is not sure enough to say."""
 
-    prediction: str
+    prediction: str | None
     probabilities: dict[str, float] | None = None
 
     @property
     def probability(self) -> float | None:
-        """Of the predicted label."""
-        return self.probabilities[self.prediction] if self.probabilities else None
+        """Of the likeliest label."""
+        return max(self.probabilities.values()) if self.probabilities else None
 
 
 class Layout:

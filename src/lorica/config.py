@@ -404,6 +404,13 @@ class PredictConfig:
     max_new_tokens: int | None = key(
         None, "longest generated answer; null: data.max_new_tokens of the training run, else 256", unit="tokens", low=1
     )
+    target_risk: float | None = key(
+        None,
+        "leave rows unanswered that are less sure than the model's validation rows ask for, so that at most this share of the answers is "
+        "wrong, with 95 % confidence; null: every row is answered",
+        above=0.0,
+        high=0.999,
+    )
     accelerator: str = key("auto", "where to run", choices=("auto", "cpu", "gpu", "cuda", "mps"))
     devices: Any = key(
         "auto", "how many devices share the input file, a process on each; -1 for all, a list of their numbers, or auto for one"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer
 
 from lorica import metrics
+from lorica.calibration import Calibration, expected_calibration_error
 from lorica.callbacks import Evaluate
 from lorica.data.encoding import CausalEncoder
 from lorica.data.examples import Example
@@ -20,9 +22,13 @@ GENERATION_BATCH = 32  # test prompts answered at once
 
 
 def test(
-    data: LoricaDataModule, module: LoricaModule, trainer: Trainer, evaluate: Evaluate
+    data: LoricaDataModule, module: LoricaModule, trainer: Trainer, evaluate: Evaluate, calibration: Calibration | None = None
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Read the test rows once: (figures, rows with predictions). The rows are whole on rank 0 and empty on others."""
+    """Read the test rows once: (figures, rows with predictions). The rows are whole on rank 0 and empty on others.
+
+    Args:
+        calibration: of the weights; probabilities are those that `predict` gives with it.
+    """
     if not data.eval_rows["test"]:
         return {}, []
     begun = time.perf_counter()
@@ -33,8 +39,10 @@ def test(
         return figures, []
     rows: list[dict[str, Any]] = [{"origin": e.origin, "text": _asked(e)} for e in data.splits.test]
     if data.labels is not None:
+        temperature = calibration.temperature if calibration is not None else 1.0
         for i, row in enumerate(rows):
-            row |= _labelled(data.splits.test[i], torch.tensor(scores[i]).exp().tolist(), data.labels)
+            row |= _labelled(data.splits.test[i], (torch.tensor(scores[i]) / temperature).softmax(0).tolist(), data.labels)
+        figures["test/ece"] = _calibration_error(rows)
     elif data.generative:
         answers = evaluate.answers
         for row, example, answer in zip(rows, data.splits.test, answers + [None] * len(rows), strict=False):
@@ -56,6 +64,15 @@ def _labelled(example: Example, probabilities: list[float], labels: list[str]) -
         "probability": probabilities[best],
         "probabilities": dict(zip(labels, probabilities, strict=True)),
     }
+
+
+def _calibration_error(rows: list[dict[str, Any]]) -> float:
+    """Of the predicted labels of rows that have a label."""
+    known = [row for row in rows if row["label"] is not None]
+    if not known:
+        return 0.0
+    right = np.array([row["label"] == row["prediction"] for row in known])
+    return expected_calibration_error(np.array([row["probability"] for row in known]), right)
 
 
 def _gather(rows: dict[int, list[float]], trainer: Trainer) -> dict[int, list[float]]:

@@ -15,7 +15,7 @@ quiet_libraries()
 
 import torch  # noqa: E402  (after the libraries' noise is off)
 
-from lorica import hardware  # noqa: E402
+from lorica import calibration, hardware  # noqa: E402
 from lorica.data import token_contract  # noqa: E402
 from lorica.models.trained import load_trained  # noqa: E402
 
@@ -42,6 +42,8 @@ def run(config: MergeConfig) -> int:
         merged.save_pretrained(folder)
         trained.tokenizer.save_pretrained(folder)
         token_contract.write(folder, token_contract.made(trained.task, trained.tokenizer))
+        if trained.calibration is not None:
+            calibration.write(folder, trained.calibration)
         write_json(
             folder / TASK_FILE,
             {

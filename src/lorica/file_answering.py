@@ -55,7 +55,7 @@ class Job:
         """The model on one of the devices."""
         machine = hardware.choose(TrainerConfig(accelerator=self.kind, devices=[device] if self.kind == "cuda" else 1))
         trained = load_trained(Path(self.config.run).expanduser(), machine.device, self.config.base)
-        return Predictor(trained, self.config.max_new_tokens)
+        return Predictor(trained, self.config.max_new_tokens, self.config.target_risk)
 
     def layout(self, labels: Sequence[str] | None) -> Layout:
         """How answers are written."""

@@ -38,7 +38,8 @@ def run(config: PredictConfig) -> int:
     """
     if config.text is not None:
         machine = _named_here(lambda: hardware.choose(TrainerConfig(accelerator=config.accelerator, devices=1)))
-        predictor = Predictor(load_trained(Path(config.run).expanduser(), machine.device, config.base), config.max_new_tokens)
+        trained = load_trained(Path(config.run).expanduser(), machine.device, config.base)
+        predictor = Predictor(trained, config.max_new_tokens, config.target_risk)
         print(_line(predictor.answer([ask_text(predictor.task, config.text)], config.batch_size)[0]))
         return 0
     stop = Stop("what is answered is kept after this batch")
@@ -54,9 +55,9 @@ def run(config: PredictConfig) -> int:
 
 def _line(answer: Answer) -> str:
     if answer.probabilities is None:
-        return answer.prediction
+        return str(answer.prediction)
     others = ", ".join(f"{name} {p:.3f}" for name, p in sorted(answer.probabilities.items(), key=lambda x: -x[1]))
-    return f"{answer.prediction}  ({others})"
+    return f"{answer.prediction or 'not sure enough'}  ({others})"
 
 
 def _named_here(choose: Any) -> Any:
@@ -165,6 +166,7 @@ def _identity(config: PredictConfig, run: Path, task: dict[str, Any], source: Pa
         "text_column": config.text_column,
         "batch_size": config.batch_size,
         "max_new_tokens": config.max_new_tokens,
+        "target_risk": config.target_risk,
         "accelerator": kind,
         "chunks": chunk_rows,
     }

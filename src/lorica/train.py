@@ -223,7 +223,7 @@ def _train(run: Run) -> int:
         parts.keep.write()  # nothing was validated: the last weights are kept
     trainer.strategy.barrier()
     weights.load(run.weights, module.model)
-    figures_of_test, predictions = evaluation.test(data, module, trainer, parts.evaluate)
+    figures_of_test, predictions = evaluation.test(data, module, trainer, parts.evaluate, parts.keep.calibration)
     if not run.main:
         return 0
     if not predictions:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from lorica import calibration
 from lorica.beside_weights import read_adapter, read_object
+from lorica.calibration import Calibration
 from lorica.config import ConfigError, LoraSettings, ModelConfig, QuantizationSettings
 from lorica.data import token_contract
 from lorica.kernels import attention
@@ -21,7 +23,7 @@ from lorica.runs import read_task, weights_folder
 class Trained:
     """A model for inference. task: lorica.json's content. adapter: the adapter's folder, None for whole models.
 
-    padded: batches must be padded, for there is no variable-length attention.
+    padded: batches must be padded, for there is no variable-length attention. calibration: of a classifier's validation rows.
     """
 
     model: Any
@@ -30,6 +32,12 @@ class Trained:
     adapter: Path | None
     base: base.Base
     padded: bool
+    calibration: Calibration | None = None
+
+    @property
+    def temperature(self) -> float:
+        """What log-probabilities of labels are divided by."""
+        return self.calibration.temperature if self.calibration is not None else 1.0
 
 
 def load_trained(run: Path, device: torch.device, base_name: str | None = None, dequantize: bool = False) -> Trained:
@@ -74,7 +82,8 @@ def load_trained(run: Path, device: torch.device, base_name: str | None = None, 
         adapters.dequantize_linears(model, torch.float32)
     if is_adapter:
         model = adapters.load(model, folder)
-    return Trained(model.to(device).eval(), tokenizer, task, folder if is_adapter else None, found, attn != attention.VARLEN)
+    calibrated = calibration.read(folder)
+    return Trained(model.to(device).eval(), tokenizer, task, folder if is_adapter else None, found, attn != attention.VARLEN, calibrated)
 
 
 def _modules_to_save(folder: Path) -> list[str]:
