@@ -124,7 +124,7 @@ def check(config: Any) -> None:
     elif isinstance(config, PredictConfig):
         _check_predict(config)
     elif isinstance(config, MergeConfig):
-        _check_folder("run", config.run)
+        _check_merge(config)
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -350,6 +350,22 @@ def _check_predict(config: PredictConfig) -> None:
         raise ConfigError("output", config.output, "is written only for an input file", "input=reviews.csv")
     elif config.devices not in ("auto", 1) and not (isinstance(config.devices, list) and len(config.devices) == 1):
         raise ConfigError("devices", config.devices, "share an input file; one text is answered by one", "leave it out")
+
+
+def _check_merge(config: MergeConfig) -> None:
+    _check_folder("run", config.run)
+    if config.sample is not None:
+        path = Path(config.sample).expanduser()
+        if not path.is_file():
+            raise ConfigError("sample", config.sample, "there is no such file" + sibling(path))
+        if path.suffix.lower() not in (".csv", ".jsonl"):
+            raise ConfigError("sample", config.sample, "must end in .csv or .jsonl")
+        if config.certify_rows == 0:
+            raise ConfigError("sample", config.sample, "is read only where rows are compared", "certify_rows=64")
+    if config.requantize and config.onto != "auto":
+        raise ConfigError("requantize", True, "is for onto=auto", "onto=requantised, to write that")
+    if config.requantize and config.certify_rows == 0:
+        raise ConfigError("requantize", True, "is chosen by comparison, which certify_rows=0 leaves out", "onto=requantised, to write that")
 
 
 def _check_folder(name: str, value: str) -> None:

@@ -34,7 +34,7 @@ from lorica.states import last_state
 
 OPTIONAL_GROUPS = ("experiment", "debug")  # null unless chosen
 # Sentences, paths and names, taken as they are typed: Hydra's grammar would stumble over their commas, apostrophes and umlauts.
-VERBATIM = {"predict": ("text", "run", "input", "output", "text_column", "base"), "merge": ("run", "output", "base")}
+VERBATIM = {"predict": ("text", "run", "input", "output", "text_column", "base"), "merge": ("run", "output", "base", "sample")}
 NEVER_NULL = ("text", "run")  # `text=null` asks about the word
 
 

@@ -424,10 +424,33 @@ class MergeConfig:
     run: str = key("???", "run folder or adapter folder")
     output: str | None = key(None, "folder to write; null: <run>/merged")
     base: str | None = key(None, "load the base model from here instead of where it was at training time")
-    accelerator: str = key("auto", "where to merge; takes 4 bytes a weight there", choices=("auto", "cpu", "gpu", "cuda", "mps"))
+    onto: str = key(
+        "auto",
+        "what a 4-bit base's adapter is merged into: dequantised, the values that its 4-bit codes stand for; original, the weights before "
+        "they were quantised; requantised, dequantised and rounded to 4 bits again; auto: the nearest to the adapter of the first two",
+        choices=("auto", "dequantised", "original", "requantised"),
+    )
+    requantize: bool = key(False, "onto=auto tries requantised too")
+    sample: str | None = key(
+        None,
+        "csv or jsonl file to compare merged model and adapter on, with the columns of the training data; null: the run's own test rows",
+    )
+    certify_rows: int = key(
+        64, "rows that merged model and adapter are compared on; 0: they are not compared", unit="examples", low=0, high=100_000
+    )
+    max_kl: float = key(
+        1e-3, "nothing is written where the merged model's mean KL divergence from the adapter is above this", unit="nats a position", low=0
+    )
+    min_agreement: float = key(
+        0.98,
+        "nor where a smaller share of the positions has the adapter's most likely token or class; one may always differ",
+        low=0,
+        high=1,
+    )
+    accelerator: str = key("auto", "where to merge and to compare", choices=("auto", "cpu", "gpu", "cuda", "mps"))
     dtype: str = key(
         "auto",
-        "type of the merged weights; auto: bfloat16 for 4-bit bases, else the type they had in training",
+        "type of the merged weights; auto: the one that the weights had in training, those in 4 bits when they were multiplied",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
 

@@ -1,64 +1,114 @@
-"""`lorica merge`: adapter and base as one plain transformers model. A 4-bit base is merged as its dequantised weights, which are
-what the adapter was trained on."""
+"""`lorica merge`: adapter and base as one plain transformers model, written when it was seen to answer as the adapter does.
+
+A 4-bit base is merged as its dequantised weights, which are what the adapter was trained on; its original weights are tried beside them.
+"""
 
 from __future__ import annotations
 
+import gc
+import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorica.config import ConfigError, MergeConfig, TrainerConfig
-from lorica.durable import replaced_folder, write_json
+from lorica.durable import replaced_folder, sha256, write_json, write_text
 from lorica.runs import TASK_FILE, read_task
 from lorica.screen import Screen, quiet_libraries
 
 quiet_libraries()
 
 import torch  # noqa: E402  (after the libraries' noise is off)
+from rich.table import Table  # noqa: E402
 
-from lorica import calibration, hardware  # noqa: E402
+from lorica import calibration, certificate, hardware  # noqa: E402
+from lorica.certificate import Figures, Sample  # noqa: E402
 from lorica.data import token_contract  # noqa: E402
-from lorica.models.trained import load_trained  # noqa: E402
+from lorica.fingerprint import versions  # noqa: E402
+from lorica.models import base, merging, shards  # noqa: E402
+from lorica.models.merging import Plan, merge  # noqa: E402
+from lorica.models.trained import Opened, load_trained, open_trained  # noqa: E402
+
+__all__ = ["merge", "run"]
+
+REPORT = "merge_report.json"
+ONTO = {  # in words
+    "base": "into its base",
+    "dequantised": "onto the dequantised 4-bit base",
+    "original": "onto the original base, before it was quantised",
+    "requantised": "onto the dequantised base and rounded to 4 bits again",
+}
+
+
+@dataclass
+class Job:
+    """One merge. source: the run. dtype: of the weights written. plan: None where PEFT merges in memory."""
+
+    config: MergeConfig
+    source: Path
+    opened: Opened
+    device: torch.device
+    dtype: torch.dtype
+    plan: Plan | None
+    screen: Screen
 
 
 def run(config: MergeConfig) -> int:
     """Write the merged model.
 
     Raises:
-        ConfigError: not an adapter; its base can't be had.
+        ConfigError: not an adapter; its base can't be had; no candidate answers as the adapter does.
     """
     screen = Screen()
     source = Path(config.run).expanduser().resolve()  # outputs/latest may point elsewhere by the time of writing
     target = Path(config.output).expanduser() if config.output else source / "merged"
     check_target(target)
-    machine = hardware.choose(TrainerConfig(accelerator=config.accelerator, devices=1))
-    trained = load_trained(source, machine.device, config.base, dequantize=True)
-    if trained.adapter is None:
+    opened = open_trained(source, config.base)
+    if not opened.is_adapter:
         raise ConfigError("run", config.run, "is a whole model already; there is nothing to merge", "use it as it is")
-    quantized = bool(trained.task.get("quantization"))
-    kept = torch.bfloat16 if quantized else getattr(torch, trained.task.get("dtype") or "float32")
-    dtype = kept if config.dtype == "auto" else getattr(torch, config.dtype)
-    merged = merge(trained.model).to(dtype)
-    with replaced_folder(target) as folder:
-        merged.save_pretrained(folder)
-        trained.tokenizer.save_pretrained(folder)
-        token_contract.write(folder, token_contract.made(trained.task, trained.tokenizer))
-        if trained.calibration is not None:
-            calibration.write(folder, trained.calibration)
-        write_json(
-            folder / TASK_FILE,
-            {
-                **trained.task,
-                "weights": "merged",
-                "quantization": None,
-                "dtype": str(dtype).removeprefix("torch."),
-                "merged_from": str(trained.adapter),
-            },
-        )
-    how = "onto the dequantised 4-bit base" if quantized else "into its base"
-    screen.print(f"merged {how}, {str(dtype).removeprefix('torch.')}: {target}")
-    kind = "text-generation" if trained.task["task"] == "causal_lm" else "text-classification"
+    names = candidates(config, opened)
+    dtype = opened.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    device = hardware.choose(TrainerConfig(accelerator=config.accelerator, devices=1)).device
+    job = Job(config, source, opened, device, dtype, merging.plan(opened), screen)
+    rows = certificate.sample(opened.task, source, config.sample, config.certify_rows) if config.certify_rows else None
+    written = {name for name in names if name != "requantised"} | ({"dequantised"} if "requantised" in names else set())
+    with replaced_folder(target, _size(job) * len(written)) as folder:
+        found = compare(job, names, rows, folder) if rows is not None else {}
+        if rows is None:
+            write_candidate(job, names[0], folder)
+        chosen = certificate.best({name: found[name] for name in names}) if rows is not None else names[0]
+        if rows is not None:
+            show(screen, rows, found, names, chosen)
+            refuse(config, found[chosen], chosen)
+        for file in list((folder / chosen).iterdir()):
+            os.replace(file, folder / file.name)
+        for rest in [p for p in folder.iterdir() if p.is_dir()]:
+            shutil.rmtree(rest)
+        write_json(folder / REPORT, report(job, chosen, rows, found))
+        write_text(folder / "README.md", card(job, chosen, rows, found))
+    screen.print(f"merged {ONTO[chosen]}, {_name(dtype)}: {target}")
+    kind = "text-generation" if opened.task["task"] == "causal_lm" else "text-classification"
     screen.print(f"next   python -c \"from transformers import pipeline; print(pipeline('{kind}', '{target}')('...'))\"")
     return 0
+
+
+def candidates(config: MergeConfig, opened: Opened) -> list[str]:
+    """What to write, or to choose from.
+
+    Raises:
+        ConfigError: the base was not in 4 bits, so that there is no choice.
+    """
+    if opened.quantization is None:
+        if config.onto != "auto" or config.requantize:
+            name, value = ("onto", config.onto) if config.onto != "auto" else ("requantize", "true")
+            raise ConfigError(name, value, "is for adapters of a 4-bit base; this one's was not quantised", f"leave {name} out")
+        return ["base"]
+    if config.onto != "auto":
+        return [config.onto]
+    if config.certify_rows == 0:
+        return ["dequantised"]
+    return ["dequantised", "original", *(["requantised"] if config.requantize else [])]
 
 
 def check_target(folder: Path) -> None:
@@ -73,17 +123,159 @@ def check_target(folder: Path) -> None:
         raise ConfigError("output", folder, "is a file")
 
 
-def merge(model: Any) -> Any:
-    """A PEFT model on plain weights as one plain model: W + scaling * B A, computed in fp32.
+# ------------------------------------------------------------------------------------------------------------ candidates
 
-    An output head that shares its weight with the embeddings and has an adapter gets a weight of its own: the adapter changed the
-    head alone.
+
+def compare(job: Job, names: list[str], rows: Sample, folder: Path) -> dict[str, Figures]:
+    """Write every candidate into a folder of its name, and measure it against the adapter, whose own figures are `adapter`.
+
+    Never are two models in memory. Of the candidates all but the best so far are removed.
     """
-    model = model.float()
-    whole = model.get_base_model()
-    head = whole.get_output_embeddings()
-    adapted = head is not None and hasattr(head, "base_layer")
-    if adapted and head.base_layer.weight is whole.get_input_embeddings().weight:
-        head.base_layer.weight = torch.nn.Parameter(head.base_layer.weight.detach().clone(), requires_grad=False)
-        whole.config.tie_word_embeddings = whole.config.get_text_config().tie_word_embeddings = False
-    return model.merge_and_unload(safe_merge=True)
+    logits = folder / "logits"
+    logits.mkdir()
+    found: dict[str, Figures] = {}
+    with job.screen.counting("adapter") as count:
+        found["adapter"] = certificate.measure(load_trained(job.source, job.device, job.config.base), rows, logits, True, count)
+    for name in names:
+        _let_go()
+        write_candidate(job, name, folder)
+        with job.screen.counting(f"{name} compared") as count:
+            merged = load_trained(folder / name, job.device)
+            merging.compute_in(merged.model, merged.model.dtype)
+            found[name] = certificate.measure(merged, rows, logits, False, count)
+        del merged
+        best = certificate.best({n: found[n] for n in names if n in found})
+        needed = {best} | ({"dequantised"} if "requantised" in names and name != "requantised" else set())
+        for other in {*names, "dequantised"} - needed:
+            shutil.rmtree(folder / other, ignore_errors=True)
+    return found
+
+
+def _let_go() -> None:
+    """Give back what the last model held; Lightning's modules refer to themselves."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def write_candidate(job: Job, name: str, folder: Path) -> None:
+    """Write one merged model, complete, into the folder of its name."""
+    new = folder / name
+    if new.is_dir():
+        return
+    if name == "requantised":
+        write_candidate(job, "dequantised", folder)
+        merging.requantize(folder / "dequantised", new, job.opened, job.dtype, job.device)
+    else:
+        new.mkdir()
+        original = name == "original"
+        if job.plan is None:
+            merging.merge_whole(job.source, job.config.base, new, job.dtype, job.device, original)
+        else:
+            with job.screen.counting(f"{name} written, bytes") as count:
+                merging.write(job.plan, new, job.dtype, job.device, original, count)
+    job.opened.tokenizer.save_pretrained(new)
+    for name in (token_contract.FILE, calibration.FILE):  # the same tokens, the same probabilities
+        if (job.opened.folder / name).is_file():
+            shutil.copy(job.opened.folder / name, new / name)
+    write_json(
+        new / TASK_FILE,
+        {
+            **job.opened.task,
+            "weights": "merged",
+            "quantization": None,
+            "dtype": _name(job.dtype),
+            "merged_from": str(job.opened.folder),
+        },
+    )
+
+
+def _size(job: Job) -> int:
+    """Bytes of one candidate, where they are known."""
+    return sum(shards.size(kind) for kinds in job.plan.shards(job.dtype) for kind in kinds.values()) if job.plan is not None else 0
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --------------------------------------------------------------------------------------------------------- what was found
+
+
+def refuse(config: MergeConfig, found: Figures, name: str) -> None:
+    """Let nothing be written that does not answer as the adapter does.
+
+    Raises:
+        ConfigError: a limit is broken.
+    """
+    if not (what := found.broken(config.max_kl, config.min_agreement)):
+        return
+    close = found.kl is not None and found.kl <= config.max_kl
+    key, value = ("min_agreement", config.min_agreement) if close else ("max_kl", config.max_kl)
+    other = "dtype=float32" if config.onto in ("auto", "dequantised") else "onto=dequantised"
+    raise ConfigError(key, f"{value:g}", f"merged {ONTO[name]}, {what}; nothing was written", f"{other}, or another {key} if that will do")
+
+
+def show(screen: Screen, rows: Sample, found: dict[str, Figures], names: list[str], chosen: str) -> None:
+    """A small table of the adapter and all candidates."""
+    first = found["adapter"]
+    accuracy = first.accuracy is not None
+    heads = ["", "mean KL", "same top-1", "largest logit difference", "loss", *(["accuracy"] if accuracy else [])]
+    table = Table(title=f"compared at {first.positions:,} positions of {len(rows.examples)} rows: {rows.origin}", title_justify="left")
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i else "left")
+    for row in certificate.table(["adapter", *names], [found[n] for n in ("adapter", *names)]):
+        table.add_row(*row[: len(heads)], style="bold" if row[0] == chosen else None)
+    screen.print(table)
+
+
+def report(job: Job, chosen: str, rows: Sample | None, found: dict[str, Figures]) -> dict[str, Any]:
+    """merge_report.json."""
+    opened, config = job.opened, job.config
+    files = sorted(set(base.weight_files(opened.base).values()))
+    return {
+        "written": chosen,
+        "dtype": _name(job.dtype),
+        "certified": rows is not None,
+        "sample": None if rows is None else {"origin": rows.origin, "rows": len(rows.examples), "positions": found["adapter"].positions},
+        "limits": None if rows is None else {"max_kl": config.max_kl, "min_agreement": config.min_agreement},
+        "adapter": found["adapter"].as_json() if found else None,
+        "candidates": {name: figures.as_json() for name, figures in found.items() if name != "adapter"},
+        "trained": {"dtype": _name(opened.dtype), "quantization": opened.task.get("quantization")},
+        "merged": "tensor by tensor" if job.plan is not None else "in memory",
+        "device": job.device.type,
+        "versions": versions(),
+        "fingerprints": {
+            "base": {"name": opened.base.name, "revision": opened.base.revision, "sha256": {f.name: sha256(f) for f in files}},
+            "adapter": {"sha256": sha256(opened.folder / "adapter_model.safetensors")},
+        },
+    }
+
+
+def card(job: Job, chosen: str, rows: Sample | None, found: dict[str, Figures]) -> str:
+    """The model card."""
+    opened = job.opened
+    kind = "text-generation" if opened.task["task"] == "causal_lm" else "text-classification"
+    if rows is None:
+        certified = f"not compared with the adapter (`certify_rows=0`); {REPORT} has what it was made of"
+    else:
+        f = found[chosen]
+        certified = (
+            f"mean KL divergence from the adapter {f.kl:.1e} nats, the same most likely answer at {f.agreement:.2%} of {f.positions:,} "
+            f"positions, largest logit difference {f.largest:.2g} ({len(rows.examples)} rows: {rows.origin}; {REPORT})"
+        )
+    labels = opened.task.get("labels")
+    lines = [
+        "---",
+        f"base_model: {opened.base.name}",
+        "library_name: transformers",
+        "---",
+        f"# {Path(opened.base.name).name}, merged",
+        "",
+        f"An adapter trained on {opened.task.get('data') or 'unnamed data'}, merged by Lorica {ONTO[chosen]}, in {_name(job.dtype)}.",
+        "",
+        f"- Task: {opened.task['task']}" + (f", labels {', '.join(labels)}" if labels else ""),
+        f'- Load: `pipeline("{kind}", model="<this folder>")`',
+        f"- Certificate: {certified}",
+    ]
+    return "\n".join(lines) + "\n"

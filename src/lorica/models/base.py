@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lorica.beside_weights import check_shards, read_object
+from lorica.beside_weights import check_shards, read_object, refuse_outside
 from lorica.checks import positions_of
 from lorica.config import ConfigError, ModelConfig, QuantizationSettings
 from lorica.durable import replaced_folder
@@ -182,14 +182,83 @@ def attention_name(requested: str, architecture: Any, task: str, device: torch.d
         return attention.VARLEN
     if requested != "auto":
         return requested
-    cls = _loader(task)._model_mapping.get(type(architecture), None)
+    cls = loader(task)._model_mapping.get(type(architecture), None)
     return "sdpa" if getattr(cls, "_supports_sdpa", True) else "eager"
 
 
-def _loader(task: str) -> Any:
+def loader(task: str) -> Any:
+    """transformers' class that loads models for a task."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     return AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
+
+
+def unquantized(model: ModelConfig) -> list[str]:
+    """Modules that stay as they are where the others are quantised: heads, and what is trained whole."""
+    heads = ["classifier", "score"] if model.task == "sequence_classification" else ["lm_head", "embed_out"]
+    return [*((model.lora.modules_to_save or []) if model.lora else []), *heads]
+
+
+def _fit_config(config: Any, task: str, tokenizer: Any, labels: list[str] | None) -> None:
+    """Tell the architecture's configuration the classes and the pad token."""
+    if task == "sequence_classification":
+        assert labels is not None
+        config.num_labels, config.id2label, config.label2id = (
+            len(labels),
+            dict(enumerate(labels)),
+            {name: i for i, name in enumerate(labels)},
+        )
+        config.problem_type = "single_label_classification"
+    if tokenizer.pad_token_id < config.get_text_config().vocab_size:  # a new one gets its row after loading
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def empty_model(model: ModelConfig, config: Any, tokenizer: Any, labels: list[str] | None) -> Any:
+    """The modules of `load_model`'s model without weights: all tensors are on the meta device."""
+    _fit_config(config, model.task, tokenizer, labels)
+    with torch.device("meta"):
+        return loader(model.task).from_config(config)
+
+
+def quantized_linears(model: ModelConfig, empty: Any, settings: QuantizationSettings) -> set[str]:
+    """The linear layers that loading in 4 bits replaces, by name. empty: of `empty_model`; it is changed."""
+    from bitsandbytes.nn import Linear4bit
+    from transformers.quantizers import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(quantization_config(settings, torch.float32, unquantized(model)), pre_quantized=False)
+    quantizer.preprocess_model(model=empty, device_map=None)
+    return {name for name, module in empty.named_modules() if isinstance(module, Linear4bit)}
+
+
+def weight_files(base: Base, key: str = "base") -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it, as `from_pretrained` chooses files.
+
+    Raises:
+        ConfigError: no safetensors, or a list of files that names others.
+    """
+    from safetensors import safe_open
+    from transformers.utils.hub import cached_file
+
+    def file(name: str) -> Path | None:
+        found = cached_file(base.path, name, revision=base.revision, _raise_exceptions_for_missing_entries=False)
+        return Path(found) if found is not None else None
+
+    with _reading(base, key, "its weights can't be read"):
+        files = [file("model.safetensors")]
+        if files == [None] and (index := file("model.safetensors.index.json")) is not None:
+            names = read_object(index, key).get("weight_map")
+            if not isinstance(names, dict):
+                raise ConfigError(key, index, "is damaged: it has no weight_map")
+            refuse_outside(names.values(), index, key)
+            files = [file(name) for name in sorted(set(names.values()))]
+        if None in files:
+            raise ConfigError(key, base.name, "lacks files of weights in safetensors")
+        found: dict[str, Path] = {}
+        for one in files:
+            assert one is not None
+            with safe_open(one, "pt") as tensors:
+                found |= dict.fromkeys(tensors.keys(), one)
+        return found
 
 
 def load_model(
@@ -213,28 +282,13 @@ def load_model(
     attention.register()
     quiet_transformers()
     arguments: dict[str, Any] = {"config": config, "revision": base.revision, "dtype": dtype, "attn_implementation": attn}
-    keep = [*((model.lora.modules_to_save or []) if model.lora else [])]
-    if model.task == "sequence_classification":
-        assert labels is not None
-        config.num_labels, config.id2label, config.label2id = (
-            len(labels),
-            dict(enumerate(labels)),
-            {name: i for i, name in enumerate(labels)},
-        )
-        config.problem_type = "single_label_classification"
-        keep += ["classifier", "score"]
-    else:
-        keep += ["lm_head", "embed_out"]
-    if tokenizer.pad_token_id < config.get_text_config().vocab_size:  # a new one gets its row below, after loading
-        config.pad_token_id = tokenizer.pad_token_id
+    _fit_config(config, model.task, tokenizer, labels)
     if quantization is not None and quantization.load_in_4bit:
-        arguments["quantization_config"] = quantization_config(quantization, dtype, keep)
+        arguments["quantization_config"] = quantization_config(quantization, dtype, unquantized(model))
         arguments["device_map"] = {"": device}
-    loader = _loader(model.task)
+    auto = loader(model.task)
     with _reading(base, "model.base", f"can't be loaded for {model.task}"):
-        loaded, info = loader.from_pretrained(
-            base.path, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **arguments
-        )
+        loaded, info = auto.from_pretrained(base.path, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **arguments)
     loaded.lorica_new_modules = _new_modules(base, model.task, info["missing_keys"])
     if len(tokenizer) > loaded.get_input_embeddings().weight.shape[0]:
         loaded.resize_token_embeddings(len(tokenizer))

@@ -40,12 +40,35 @@ class Trained:
         return self.calibration.temperature if self.calibration is not None else 1.0
 
 
-def load_trained(run: Path, device: torch.device, base_name: str | None = None, dequantize: bool = False) -> Trained:
-    """Load a run, an adapter folder or a merged model for inference.
+@dataclass
+class Opened:
+    """What a run left, before any weights are loaded.
+
+    folder: of the weights. settings: the model as it was trained, as far as loading needs it. config: the architecture's.
+    quantization: of an adapter's base, None where it was trained on plain weights.
+    """
+
+    folder: Path
+    is_adapter: bool
+    task: dict[str, Any]
+    settings: ModelConfig
+    base: base.Base
+    tokenizer: Any
+    config: Any
+    quantization: QuantizationSettings | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that were not in 4 bits in training."""
+        named: torch.dtype = getattr(torch, self.task.get("dtype") or "float32")
+        return named
+
+
+def open_trained(run: Path, base_name: str | None = None) -> Opened:
+    """Find what a run, an adapter folder or a merged model needs.
 
     Args:
-        base_name: load the base from here instead of where the adapter says.
-        dequantize: load a 4-bit base as plain weights with the values that its 4-bit codes stand for.
+        base_name: the base is here instead of where the adapter says.
     Raises:
         ConfigError: no weights, damaged ones, or a base that can't be had.
     """
@@ -54,8 +77,6 @@ def load_trained(run: Path, device: torch.device, base_name: str | None = None, 
     task = read_task(folder)
     is_adapter = (folder / "adapter_config.json").is_file()
     task = {**(_guess_adapter(folder) if is_adapter else _guess_model(folder)), **task}
-    trained = getattr(torch, task.get("dtype") or "float32")
-    dtype = trained if device.type == "cuda" else torch.float32
     kept = _modules_to_save(folder) if is_adapter else []
     lora = LoraSettings(modules_to_save=kept) if kept else None
     settings = ModelConfig(
@@ -74,16 +95,33 @@ def load_trained(run: Path, device: torch.device, base_name: str | None = None, 
     token_contract.check(folder, task, tokenizer, key="run")
     config = base.load_config(found, ModelConfig(name="", task=settings.task, base=settings.base, max_length=8))
     quantization = QuantizationSettings(**task["quantization"]) if is_adapter and task.get("quantization") else None
+    return Opened(folder, is_adapter, task, settings, found, tokenizer, config, quantization)
+
+
+def load_trained(run: Path, device: torch.device, base_name: str | None = None, four_bit: str = "kept") -> Trained:
+    """Load a run, an adapter folder or a merged model for inference.
+
+    Args:
+        base_name: load the base from here instead of where the adapter says.
+        four_bit: what becomes of a base that was trained on in 4 bits. kept: it is loaded in 4 bits; dequantised: as plain weights
+            with the values that its 4-bit codes stand for; original: as the weights that its files hold.
+    Raises:
+        ConfigError: no weights, damaged ones, or a base that can't be had.
+    """
+    opened = open_trained(run, base_name)
+    task, settings, found, tokenizer, config = opened.task, opened.settings, opened.base, opened.tokenizer, opened.config
+    dtype = opened.dtype if device.type == "cuda" else torch.float32
+    quantization = opened.quantization if four_bit != "original" else None
     attn = base.attention_name("auto", config, settings.task, device, dtype)
     model = base.load_model(
         found, settings, config, tokenizer, device=device, dtype=dtype, labels=task.get("labels"), attn=attn, quantization=quantization
     )
-    if quantization is not None and dequantize:
+    if quantization is not None and four_bit == "dequantised":
         adapters.dequantize_linears(model, torch.float32)
-    if is_adapter:
-        model = adapters.load(model, folder)
-    calibrated = calibration.read(folder)
-    return Trained(model.to(device).eval(), tokenizer, task, folder if is_adapter else None, found, attn != attention.VARLEN, calibrated)
+    if opened.is_adapter:
+        model = adapters.load(model, opened.folder)
+    adapter, calibrated = opened.folder if opened.is_adapter else None, calibration.read(opened.folder)
+    return Trained(model.to(device).eval(), tokenizer, task, adapter, found, attn != attention.VARLEN, calibrated)
 
 
 def _modules_to_save(folder: Path) -> list[str]:
