@@ -19,6 +19,7 @@ from lorica.statistics import rate_at_most
 FILE = "calibration.json"
 BINS = 15
 POINTS = 1000  # of the curve of risk that are kept
+LEAST = 100  # rows; of fewer a temperature would say more about them than about the model
 COLDEST, HOTTEST = 0.05, 20.0
 
 
@@ -58,11 +59,11 @@ class Calibration:
 
 
 def calibrate(scores: np.ndarray, labels: np.ndarray) -> Calibration | None:
-    """Fit to log-probabilities [N, K] and true classes [N]; None where there is nothing to fit: no rows, or all are right or wrong."""
+    """Fit to log-probabilities [N, K] and true classes [N]; None for fewer than LEAST rows, or where all are right or wrong."""
     known = labels >= 0
     scores, labels = scores[known].astype(np.float64), labels[known]
     right = scores.argmax(1) == labels
-    if len(labels) == 0 or right.all() or not right.any():
+    if len(labels) < LEAST or right.all() or not right.any():
         return None
     temperature = fit_temperature(scores, labels)
     surest = tempered(scores, temperature).max(1)

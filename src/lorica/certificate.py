@@ -22,7 +22,7 @@ from lorica.config import ConfigError, OptimizerConfig
 from lorica.data.asking import ask_row, ask_text
 from lorica.data.chat import parse_messages
 from lorica.data.collate import collate_candidates, collate_classifier, inputs
-from lorica.data.encoding import IGNORE, CausalEncoder, ClassifierEncoder, Encoded, Truncation
+from lorica.data.encoding import IGNORE, CausalEncoder, ClassifierEncoder, Encoded, Truncation, build_encoder
 from lorica.data.examples import Example, Message
 from lorica.data.module import BadRow
 from lorica.data.readers import read_rows
@@ -152,18 +152,12 @@ def _from_predictions(task: dict[str, Any], row: dict[str, Any]) -> Example | No
 class Reader:
     """A model's logits on rows of a sample."""
 
-    def __init__(self, trained: Trained, labels: list[str] | None) -> None:
-        self.trained, self.labels = trained, labels
-        task, tokenizer = trained.task, trained.tokenizer
-        self.classifier = task["task"] == "sequence_classification"
-        self.module = (SequenceClassifierModule if self.classifier else CausalLMModule)(trained.model, OptimizerConfig(), 1).eval()
-        longest = int(task.get("max_length") or 512)
-        self.encoder: ClassifierEncoder | CausalEncoder = (
-            ClassifierEncoder(tokenizer, longest)
-            if self.classifier
-            else CausalEncoder(tokenizer, longest, bool(task.get("use_chat_template", True)), labels or ())
-        )
-        self.pad_id = int(tokenizer.pad_token_id)
+    def __init__(self, trained: Trained) -> None:
+        self.trained = trained
+        self.encoder = build_encoder(trained.task, trained.tokenizer)
+        cls = SequenceClassifierModule if isinstance(self.encoder, ClassifierEncoder) else CausalLMModule
+        self.module = cls(trained.model, OptimizerConfig(), 1).eval()
+        self.pad_id = int(trained.tokenizer.pad_token_id)
 
     def encode(self, example: Example) -> Encoded:
         """A row with its answer, or what the model reads before it answers."""
@@ -215,7 +209,7 @@ def measure(trained: Trained, rows: Sample, logits: Path, reference: bool, progr
         logits: the folder with a file for each batch of rows. progress: told (rows read, of how many).
     """
     labels: list[str] | None = trained.task.get("labels")
-    reader = Reader(trained, labels)
+    reader = Reader(trained)
     losses: list[torch.Tensor] = []
     kl, largest, differing, positions, right, known = 0.0, 0.0, 0, 0, 0, 0
     for at in range(0, len(rows.examples), BATCH):

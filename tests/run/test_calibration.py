@@ -45,17 +45,18 @@ def test_the_risk_that_was_asked_for_is_kept_on_other_rows() -> None:
 
 
 def test_a_risk_that_the_rows_can_t_show_is_refused() -> None:
-    found = calibration.calibrate(*_rows(60, 0))
+    found = calibration.calibrate(*_rows(calibration.LEAST, 0))
     assert found is not None
     with pytest.raises(ConfigError, match="validation rows show no such sureness"):
         found.threshold(0.001)
 
 
 def test_nothing_is_fitted_to_nothing() -> None:
-    scores, labels = _rows(50, 0)
-    assert calibration.calibrate(scores[:0], labels[:0]) is None
+    scores, labels = _rows(calibration.LEAST, 0)
+    assert calibration.calibrate(scores, labels) is not None
+    assert calibration.calibrate(scores[1:], labels[1:]) is None
     assert calibration.calibrate(scores, scores.argmax(1)) is None
-    assert calibration.calibrate(scores, np.full(50, -1)) is None
+    assert calibration.calibrate(scores, np.full(calibration.LEAST, -1)) is None
 
 
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_report_only_stops_after_the_report(lorica: Lorica, folder: Path) -> Non
     assert re.search(rf"data report of 20 rows in [\d.]+ s: {re.escape(str(run))}/data_report.html", " ".join(said.split()))
     assert "4 of 10 test rows (40.0%) have a near duplicate in training" in said
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.yaml", ".hydra", "train.log", "data_report.json", "data_report.md", "data_report.html"}
+    assert names == {"config.yaml", ".hydra", "train.log", "data_report.json", "data_report.md", "data_report.html", "token_contract.json"}
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -19,7 +19,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("runs") / "run"
     with pytest.raises(SystemExit) as end:
-        main("train", ["data.max_train_examples=160", "data.max_test_examples=60", "trainer.max_epochs=1", f"run_dir={folder}"])
+        main("train", ["data.validation_fraction=0.3", "data.max_test_examples=60", "trainer.max_epochs=1", f"run_dir={folder}"])
     assert end.value.code == 0
     return folder
 
@@ -35,7 +35,7 @@ def _asked(run: Path, to: Path) -> tuple[list[dict[str, str]], list[dict[str, st
 
 def test_the_runs_probabilities_are_those_of_predict_and_of_the_merged_model(run: Path, tmp_path: Path, lorica: Lorica) -> None:
     kept = calibration.read(run / "adapter")
-    assert kept is not None and kept.rows == 40 and kept.temperature != 1.0
+    assert kept is not None and kept.rows == 120 and kept.temperature != 1.0
     rows, _ = _asked(run, tmp_path / "asked.csv")
     assert lorica("merge", f"run={run}")[0] == 0
     for folder in (run, run / "merged"):
