@@ -123,7 +123,7 @@ class Predictor:
         device = self.trained.model.device
         if device.type == "cuda":
             batch = {k: v.pin_memory().to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        with self._autocast():
+        with self.trained.arithmetic():
             scores: torch.Tensor = self.module.evaluate(batch)["scores"]
         return scores
 
@@ -137,16 +137,9 @@ class Predictor:
             done(len(group))
         return [answers[i] for i in range(len(prompts))]
 
-    def _autocast(self) -> Any:
-        device = self.trained.model.device
-        dtype = self.trained.model.dtype
-        return torch.autocast(
-            device.type, dtype if dtype != torch.float32 else torch.bfloat16, enabled=device.type == "cuda" and dtype != torch.float32
-        )
-
     def _write(self, prompts: list[list[int]]) -> list[Answer]:
         assert isinstance(self.module, CausalLMModule)
-        with self._autocast():
+        with self.trained.arithmetic():
             generated = self.module.generate(prompts, self.pad_id, self.max_new_tokens)
         return [Answer(self.trained.tokenizer.decode(ids, skip_special_tokens=True).strip()) for ids in generated]
 

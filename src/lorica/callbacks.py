@@ -134,6 +134,15 @@ def over_ranks(trainer: Trainer, *counts: int) -> list[float]:
     return summed
 
 
+def of_ranks(trainer: Trainer, own: Any) -> list[Any]:
+    """What every rank has, by rank, on each of them; each must call this."""
+    if trainer.world_size == 1:
+        return [own]
+    found: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(found, own)
+    return found
+
+
 class RecordLoss(Callback):
     """train/loss, learning rate, epoch and rates every `trainer.log_every_n_steps` optimiser steps, and at the last."""
 
@@ -256,11 +265,7 @@ class Evaluate(Callback):
         if self.labels is None:
             return None
         own = [torch.cat(parts).cpu() for parts in zip(*self.scored, strict=True)] if self.scored else []
-        ranks: list[Any] = [own]
-        if trainer.world_size > 1:
-            ranks = [None] * trainer.world_size
-            torch.distributed.all_gather_object(ranks, own)
-        ranks = [rank for rank in ranks if rank]
+        ranks = [rank for rank in of_ranks(trainer, own) if rank]
         if not ranks:
             return None
         scores, labels = (torch.cat([rank[i] for rank in ranks]) for i in (0, 1))

@@ -171,7 +171,7 @@ class Reader:
     def logits(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits fp32 [S, vocabulary or classes], what is right there, int64 [S], IGNORE where nothing is known), on the CPU."""
         if isinstance(self.module, SequenceClassifierModule):
-            with self._arithmetic():
+            with self.trained.arithmetic():
                 out = self.module.logits(self._here(collate_classifier(rows, self.pad_id, self.trained.padded)))
             return out.float().cpu(), torch.tensor([row.label if row.label >= 0 else IGNORE for row in rows])
         assert isinstance(self.module, CausalLMModule)
@@ -179,7 +179,7 @@ class Reader:
         spans = [(max(0, len(row.ids) - 1 - POSITIONS), max(1, len(row.ids) - 1)) for row in rows]
         places = torch.cat([start + torch.arange(*span) for start, span in zip(starts, spans, strict=True)])
         targets = torch.cat([torch.tensor([*row.labels[1:], IGNORE])[slice(*span)] for row, span in zip(rows, spans, strict=True)])
-        with self._arithmetic():
+        with self.trained.arithmetic():
             out = self.module.logits_at(self._here({**batch, "predict_at": places, "targets": targets}))
         return out.float().cpu(), targets
 
@@ -188,17 +188,12 @@ class Reader:
         if isinstance(self.encoder, ClassifierEncoder):
             return [int(k) for k in logits.argmax(-1)]
         batch = collate_candidates(self.encoder.candidates(examples), self.pad_id, self.trained.padded)
-        with self._arithmetic():
+        with self.trained.arithmetic():
             return [int(k) for k in self.module.evaluate(self._here(batch))["scores"].argmax(-1)]
 
     def _here(self, batch: dict[str, Any]) -> dict[str, Any]:
         device = self.trained.model.device
         return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-
-    def _arithmetic(self) -> Any:
-        device, dtype = self.trained.model.device, self.trained.model.dtype
-        half = device.type == "cuda" and dtype != torch.float32
-        return torch.autocast(device.type, dtype if half else torch.bfloat16, enabled=half)
 
 
 @torch.inference_mode()

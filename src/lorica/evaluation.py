@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 
 from lorica import metrics
 from lorica.calibration import Calibration, expected_calibration_error
-from lorica.callbacks import Evaluate
+from lorica.callbacks import Evaluate, of_ranks
 from lorica.data.encoding import CausalEncoder
 from lorica.data.examples import Example
 from lorica.data.module import LoricaDataModule
@@ -34,7 +34,7 @@ def test(
     begun = time.perf_counter()
     trainer.test(module, datamodule=data, verbose=False)
     figures = {**evaluate.figures, "test/samples_per_second": len(data.eval_rows["test"]) / (time.perf_counter() - begun)}
-    scores = _gather(evaluate.rows, trainer)
+    scores = {k: v for rows_of_rank in of_ranks(trainer, evaluate.rows) for k, v in rows_of_rank.items()}
     if not trainer.is_global_zero:
         return figures, []
     rows: list[dict[str, Any]] = [{"origin": e.origin, "text": _asked(e)} for e in data.splits.test]
@@ -73,14 +73,6 @@ def _calibration_error(rows: list[dict[str, Any]]) -> float:
         return 0.0
     right = np.array([row["label"] == row["prediction"] for row in known])
     return expected_calibration_error(np.array([row["probability"] for row in known]), right)
-
-
-def _gather(rows: dict[int, list[float]], trainer: Trainer) -> dict[int, list[float]]:
-    if trainer.world_size == 1:
-        return rows
-    parts: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(parts, rows)
-    return {k: v for part in parts for k, v in part.items()}
 
 
 def answer(data: LoricaDataModule, module: LoricaModule, examples: int, max_new_tokens: int) -> list[str]:

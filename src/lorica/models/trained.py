@@ -39,6 +39,12 @@ class Trained:
         """What log-probabilities of labels are divided by."""
         return self.calibration.temperature if self.calibration is not None else 1.0
 
+    def arithmetic(self) -> torch.autocast:
+        """A context for forwards: on a GPU in the type of the weights, where that is half precision."""
+        device, dtype = self.model.device, self.model.dtype
+        half = device.type == "cuda" and dtype != torch.float32
+        return torch.autocast(device.type, dtype if half else torch.bfloat16, enabled=half)
+
 
 @dataclass
 class Opened:
