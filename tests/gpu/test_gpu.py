@@ -107,10 +107,12 @@ def test_a_mask_that_follows_from_a_seed_is_the_same_on_every_way() -> None:
 
     seed = torch.empty(2, dtype=torch.int32).random_()
     x = torch.randn(100, 333, dtype=torch.bfloat16)
-    compiled = torch.compile(dropout.kept, dynamic=False)
+    compiled = torch.compile(dropout.seeded, dynamic=False)
     for start in (0, 777):
-        wanted = dropout.kept(x, seed, 0.1, start)
-        assert torch.equal(dropout.kept(x.cuda(), seed.cuda(), 0.1, start).cpu(), wanted)
+        wanted = dropout.seeded(x, seed, 0.1, start)
+        assert torch.equal(wanted != 0, dropout.kept(x, seed, 0.1, start) & (x != 0))
+        assert torch.equal(dropout.kept(x.cuda(), seed.cuda(), 0.1, start).cpu(), dropout.kept(x, seed, 0.1, start))
+        assert torch.equal(dropout.seeded(x.cuda(), seed.cuda(), 0.1, start).cpu(), wanted)
         assert torch.equal(compiled(x.cuda(), seed.cuda(), 0.1, start).cpu(), wanted)
 
 

@@ -59,8 +59,7 @@ def install(model: nn.Module) -> int:
 # ------------------------------------------------------------------------------------------------------- masks that follow from a seed
 
 # Two rounds of a 32-bit integer hash with little bias (lowbias32 of github.com/skeeto/hash-prospector), a seed before each. As signed
-# numbers, whose products wrap around alike in torch and in Triton; nothing is multiplied before a seed was added, for a compiler would
-# reckon with places as with indices, which don't wrap.
+# numbers, whose products wrap around alike in torch and in Triton.
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
 _PROGRAM = 1024  # elements
 
@@ -80,19 +79,22 @@ class Seeded(nn.Module):
         self.p, self.seed, self.start = p, seed, 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.where(kept(x, self.seed, self.p, self.start), x / (1 - self.p), 0) if self.training and self.p > 0 else x
+        return seeded(x, self.seed, self.p, self.start) if self.training and self.p > 0 else x
 
 
 def kept(x: torch.Tensor, seed: torch.Tensor, p: float, start: int = 0) -> torch.Tensor:
-    """Which elements of `x` dropout at rate p < 1 keeps, by their places from `start` on and by `seed`: true or false in its shape."""
-    least = round(p * (1 << 32)) - (1 << 31)  # of the hashes that are kept
-    if triton is not None and x.is_cuda and not torch.compiler.is_compiling():
-        out = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-        grid = (triton.cdiv(x.numel(), _PROGRAM),)
-        _kept_kernel[grid](out, seed, x.numel(), start, least, _FIRST, _SECOND, size=_PROGRAM)
-        return out
+    """Which elements of `x` dropout at rate p < 1 keeps, by their places from `start` on and by `seed`: true or false in its shape.
+
+    The reference. Not to be compiled: each step of the hash reads the one before it twice, and a compiler that writes out what it reads
+    doubles its code with each.
+    """
     places = torch.arange(start, start + x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
-    return _hash(_hash(places + seed[0]) ^ seed[1]) >= least
+    return _hash(_hash(places + seed[0]) ^ seed[1]) >= _least(p)
+
+
+def _least(p: float) -> int:
+    """The least of the hashes, from -2^31 on, that are kept."""
+    return round(p * (1 << 32)) - (1 << 31)
 
 
 def _hash(h: torch.Tensor) -> torch.Tensor:
@@ -100,6 +102,38 @@ def _hash(h: torch.Tensor) -> torch.Tensor:
     h = (h ^ ((h >> 15) & 0x1FFFF)) * _SECOND
     return h ^ ((h >> 16) & 0xFFFF)
 
+
+@torch.library.custom_op("lorica::seeded_dropout", mutates_args=())
+def seeded(x: torch.Tensor, seed: torch.Tensor, p: float, start: int = 0, use: int = 0) -> torch.Tensor:
+    """`x` with the elements that are not `kept` zero and the others divided by 1 - p, contiguous. Its gradient is the same of a gradient.
+
+    Args:
+        use: of no effect here; a compiler makes one of two equal calls, and keeps what comes of it from one use to the other.
+    """
+    if triton is None or not x.is_cuda:
+        return torch.where(kept(x, seed, p, start), x * (1 / (1 - p)), 0)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    grid = (triton.cdiv(x.numel(), _PROGRAM),)
+    _seeded_kernel[grid](x, out, seed, x.numel(), start, _least(p), 1 / (1 - p), _FIRST, _SECOND, size=_PROGRAM)
+    return out
+
+
+@seeded.register_fake
+def _(x, seed, p, start=0, use=0):  # type: ignore[no-untyped-def]
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _keep_seed(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    _, seed, ctx.p, ctx.start, _ = inputs
+    ctx.save_for_backward(seed)
+
+
+def _seeded_gradient(ctx, g):  # type: ignore[no-untyped-def]
+    return seeded(g, *ctx.saved_tensors, ctx.p, ctx.start, 1), None, None, None, None
+
+
+seeded.register_autograd(_seeded_gradient, setup_context=_keep_seed)
 
 if triton is not None:
 
@@ -110,10 +144,12 @@ if triton is not None:
         return h ^ ((h >> 16) & 0xFFFF)
 
     @triton.jit
-    def _kept_kernel(out, seed, n, start, least, first, second, size: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _seeded_kernel(x, out, seed, n, start, least, scale, first, second, size: tl.constexpr):  # type: ignore[no-untyped-def]
         at = tl.program_id(0) * size + tl.arange(0, size)
         h = _hashed(at + start + tl.load(seed), first, second)
-        tl.store(out + at, _hashed(h ^ tl.load(seed + 1), first, second) >= least, mask=at < n)
+        keep = _hashed(h ^ tl.load(seed + 1), first, second) >= least
+        value = tl.load(x + at, mask=at < n).to(tl.float32) * scale
+        tl.store(out + at, tl.where(keep, value, 0.0).to(out.dtype.element_ty), mask=at < n)
 
 
 def seed_adapters(model: nn.Module) -> torch.Tensor | None:

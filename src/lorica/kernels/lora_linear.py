@@ -42,7 +42,7 @@ class _LoRALinear(torch.autograd.Function):
     ) -> torch.Tensor:
         dropped, mask = x, None
         if seed is not None:
-            dropped = _apply(x, dropout.kept(x, seed, p, start), p)
+            dropped = dropout.seeded(x, seed, p, start, 0)
         elif p > 0 and dropout.covers(x):
             mask = dropout.mask(x, p)  # scaled
             dropped = _apply(x, mask, p)
@@ -61,19 +61,18 @@ class _LoRALinear(torch.autograd.Function):
         dropped, down, a, b, seed, mask, *parts = ctx.saved_tensors
         g = grads[0]
         if seed is not None:
-            mask = dropout.kept(dropped, seed, ctx.p, ctx.start)
-            dropped = _apply(dropped, mask, ctx.p)
+            dropped = dropout.seeded(dropped, seed, ctx.p, ctx.start, 1)
         gb = (g @ b.to(g.dtype)) * ctx.scaling
         da = (gb.t() @ dropped).to(a.dtype) if ctx.needs_input_grad[1] else None
         db = (g.t() @ down).to(b.dtype) * ctx.scaling if ctx.needs_input_grad[2] else None
         dx = None
         if ctx.needs_input_grad[0]:
             through = a.to(g.dtype)
-            if mask is None:
+            if seed is None and mask is None:
                 dx = frozen.back_product(g, ctx.base, ctx.kept, tuple(parts), gb, through)
             else:
                 through = gb @ through
-                masked = _apply(through, mask, ctx.p)
+                masked = _apply(through, mask, ctx.p) if seed is None else dropout.seeded(through, seed, ctx.p, ctx.start, 0)
                 dx = frozen.back_product(g, ctx.base, ctx.kept, tuple(parts), None, None) + masked
         return dx, da, db, *(None for _ in range(6 + len(parts)))
 

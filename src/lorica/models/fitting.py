@@ -188,14 +188,15 @@ def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluation(fitting: Fitting, data: LoricaDataModule, device: torch.device) -> int:
-    """Bytes that evaluation takes; its batches are made smaller until the largest takes no more than training does.
+    """Bytes that evaluation takes; its batches are made smaller until the largest takes no more than training does, in memory or in tokens.
 
     Raises:
         ConfigError: not even single rows fit.
     """
     while data.batching.world_size == 1 and (batch := data.largest_evaluation_batch()) is not None:  # ranks must have the same batches
         size, rows = fitting.evaluation_bytes(_on(device, batch)), len(batch["index"])
-        if size is not None and (rows == 1 or torch.cuda.memory_allocated(device) + size <= fitting.peak):
+        small = rows == 1 or batch["input_ids"].numel() <= fitting.batches[-1]["input_ids"].numel()
+        if size is not None and (small or torch.cuda.memory_allocated(device) + fitting.stay + size <= fitting.peak):
             return size
         if rows == 1:
             raise ConfigError(
@@ -214,6 +215,8 @@ class Fitting:
 
     Attributes:
         keep_plain: lets 4-bit weights stay plain, where that may be decided here.
+        stay: bytes of the optimiser's state and of gradients, which stay through evaluation. peak: bytes of the largest micro-batch, with
+            all that stays. seconds: of a micro-step of each batch. Known after `fit`.
     """
 
     keep_plain: Callable[[], None] | None = None
@@ -261,8 +264,10 @@ class Fitting:
         return torch.empty(size, dtype=torch.uint8, device=self.module.device)
 
     def _set(self, asked: bool | int | str | None, optimizer: str) -> None:
+        state = state_bytes(self.module, optimizer)
+        self.stay = state + sum(p.numel() * p.element_size() for p in self.module.parameters() if p.requires_grad)
         try:
-            held = self._hold(state_bytes(self.module, optimizer))
+            held = self._hold(state)
         except torch.cuda.OutOfMemoryError:
             raise self._too_large("beside the optimiser's state", "optimizer.name=adamw_8bit") from None
         if not self._keeps_plain(asked):
