@@ -262,3 +262,20 @@ def test_a_4bit_model_trains_and_is_found_again(data: str, tmp_path: Path, capsy
         main("predict", [f"run={run}", 'text="hello there"'])
     assert end.value.code == 0 and capsys.readouterr().out.strip()
     assert row["text"]
+
+
+def test_an_encoder_with_adapters_and_dropout_trains(tiny_mistral: Path, tmp_path: Path) -> None:
+    """Its weights are loaded on the host and moved, other than 4-bit ones."""
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    base, run = tmp_path / "bert", tmp_path / "run"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_mistral)
+    tokenizer.save_pretrained(base)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id or 0, **shape)
+    BertModel(config).save_pretrained(base)
+    steps = ["trainer.max_epochs=1", "trainer.tokens_per_batch=2048", "trainer.compile=true"]
+    with pytest.raises(SystemExit) as end:
+        main("train", ["model=roberta_lora", f"model.base={base}", "data=ag_news", f"run_dir={run}", *steps])
+    assert end.value.code == 0, (run / "train.log").read_text()[-3000:]
+    assert "captured as CUDA graphs" in (run / "train.log").read_text()

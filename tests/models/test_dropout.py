@@ -128,7 +128,7 @@ def test_a_layer_with_masks_that_follow_from_a_seed_is_compiled_as_soon_as_one_w
         )
         lora_linear.install(net)
         layers = Layers(net)
-        layers.seed_dropout(net)
+        layers.seed_dropout(net, torch.device("cpu"))
         ids = torch.arange(40).view(1, -1)
         seen = []
         for compiled in (False, True):

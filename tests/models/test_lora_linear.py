@@ -92,7 +92,7 @@ def test_dropout_that_follows_from_a_seed_is_the_one_that_peft_would_apply(four_
     results = []
     for net in nets:
         net.train()
-        seeds = dropout.seed_adapters(net)
+        seeds = dropout.seed_adapters(net, torch.device("cpu"))
         assert seeds is not None
         seeds.random_(generator=torch.Generator().manual_seed(3))
         results.append(_run(net, torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(4))))

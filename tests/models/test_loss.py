@@ -23,7 +23,7 @@ def _heads() -> dict[str, Any]:
     for module in dropping.modules():
         if isinstance(module, LoraLayer):
             module.lora_dropout["default"] = nn.Dropout(0.4)
-    seeds = dropout.seed_adapters(dropping)
+    seeds = dropout.seed_adapters(dropping, torch.device("cpu"))
     assert seeds is not None
     seeds.random_()
     kinds = {"plain": nn.Linear(16, 40), "adapted": adapted.base_model.model.head, "adapted, with dropout": dropping.base_model.model.head}

@@ -152,15 +152,16 @@ if triton is not None:
         tl.store(out + at, tl.where(keep, value, 0.0).to(out.dtype.element_ty), mask=at < n)
 
 
-def seed_adapters(model: nn.Module) -> torch.Tensor | None:
-    """Make the dropout of every LoRA layer a `Seeded` one; their seeds, int32 [layers, 2], None where none has dropout."""
+def seed_adapters(model: nn.Module, device: torch.device) -> torch.Tensor | None:
+    """Make the dropout of every LoRA layer a `Seeded` one; their seeds, int32 [layers, 2] on the device that the model will train on, None
+    where none has dropout."""
     from peft.tuners.lora.layer import LoraLayer
 
     found = [(m.lora_dropout, name) for m in model.modules() if isinstance(m, LoraLayer) for name in m.lora_dropout]
     drops = [(owner, name, owner[name].p) for owner, name in found if isinstance(owner[name], nn.Dropout)]
     if not drops:
         return None
-    seeds = torch.zeros(len(drops), 2, dtype=torch.int32, device=next(model.parameters()).device)
+    seeds = torch.zeros(len(drops), 2, dtype=torch.int32, device=device)
     for (owner, name, p), seed in zip(drops, seeds, strict=True):
         owner[name] = Seeded(p, seed).train(owner[name].training)
     return seeds

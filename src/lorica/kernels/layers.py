@@ -57,10 +57,10 @@ class Layers:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def seed_dropout(self, model: nn.Module) -> None:
+    def seed_dropout(self, model: nn.Module, device: torch.device) -> None:
         """Let the masks of adapters' dropout follow from seeds that each micro-step draws, so that these layers draw nothing."""
         if self.layers:
-            self._seeds = seed_adapters(model)
+            self._seeds = seed_adapters(model, device)
             self.random = draws(model)
 
     def compile(self, on: bool = True) -> None:

@@ -109,5 +109,5 @@ def load(config: TrainConfig, data: LoricaDataModule, machine: Machine, prepared
             attn = attention.make_dense(model.get_base_model() if settings.lora is not None else model)
     layers = Layers(model)
     if machine.device.type == "cuda":
-        layers.seed_dropout(model)
+        layers.seed_dropout(model, machine.device)
     return Loaded(model, tokenizer, found, attn, padded=attn != attention.VARLEN, layers=layers)
