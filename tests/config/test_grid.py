@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from lorica import cli, composition, grid
+from lorica import cells, cli, composition
+from lorica.cells import Cell
 from lorica.config import ConfigError, NotApplicable
-from lorica.grid import Cell, plan_cells, run_grid
+from lorica.grid import plan_cells, run_grid
 
 Metrics = dict[str, float]
 
@@ -100,7 +101,7 @@ def test_a_bad_cell_is_refused_before_anything_runs(
     overrides: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(grid, "_call", lambda *a: pytest.fail("ran"))
+    monkeypatch.setattr(cells, "_call", lambda *a: pytest.fail("ran"))
     with pytest.raises(ConfigError) as e:
         run_grid(overrides, compose)
     assert says in str(e.value)
@@ -136,7 +137,7 @@ class Runs:
 
     def __call__(self, command: list[str], env: dict[str, str]) -> tuple[int, list[str]]:
         assert command[:4] == [sys.executable, "-m", "lorica", "train"]
-        assert str(Path(grid.__file__).parents[1]) in env["PYTHONPATH"].split(":")
+        assert str(Path(cells.__file__).parents[1]) in env["PYTHONPATH"].split(":")
         overrides, flags = cli._split(command[4:])
         config = composition.compose("train", overrides, flags["config_dir"])
         self.commands.append(command)
@@ -164,7 +165,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def start(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], Metrics | int]], Runs]:
     def stub(metrics: Callable[[Any], Metrics | int]) -> Runs:
         runs = Runs(metrics)
-        monkeypatch.setattr(grid, "_call", runs)
+        monkeypatch.setattr(cells, "_call", runs)
         return runs
 
     return stub
@@ -280,15 +281,15 @@ def test_a_process_that_dies_before_its_log_shows_its_last_line(start: Any, here
 
 def test_stderr_of_a_process_is_shown_and_its_end_kept(capfd: pytest.CaptureFixture[str]) -> None:
     program = "import sys; [print(f'line {i} \\u00fc', file=sys.stderr) for i in range(50)]; print('out'); sys.exit(3)"
-    code, last = grid._call([sys.executable, "-c", program], {"PYTHONIOENCODING": "utf-8"})
+    code, last = cells._call([sys.executable, "-c", program], {"PYTHONIOENCODING": "utf-8"})
     shown = capfd.readouterr()
-    assert (code, len(last), last[-1], shown.out) == (3, grid.KEPT_LINES, "line 49 ü", "out\n")
+    assert (code, len(last), last[-1], shown.out) == (3, cells.KEPT_LINES, "line 49 ü", "out\n")
     assert shown.err.splitlines() == [f"line {i} ü" for i in range(50)]
     begun = time.perf_counter()
     orphan = (
         "import subprocess, sys; print('so', file=sys.stderr); subprocess.Popen(['sleep', '8'], stdout=subprocess.DEVNULL); sys.exit(2)"
     )
-    assert grid._call([sys.executable, "-c", orphan], dict(os.environ)) == (2, ["so"])
+    assert cells._call([sys.executable, "-c", orphan], dict(os.environ)) == (2, ["so"])
     assert time.perf_counter() - begun < 7.5
 
 

@@ -4,36 +4,14 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from lorica.data import oddities, personal
 from lorica.data.examples import SPLITS
+from lorica.pages import HTML_END, Histogram, Section, as_html, html_begin, markdown, md
 
-BAR = 40  # characters of the histogram's longest bar
 OPEN, CLOSE = "⟦", "⟧"  # around what is learnt, in Markdown
-
-Table = tuple[list[str], list[list[str]]]  # header, rows
-Section = tuple[str, list[Any]]  # title; paragraphs (text), tables, lists of lines and histograms
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #1b1f24; background: #fff }
-h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #d7dce1 }
-table { border-collapse: collapse; margin: .6em 0 } th, td { padding: .2em .8em .2em 0; text-align: left; vertical-align: top }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } th { border-bottom: 1px solid #d7dce1 }
-.bar { background: #4c78a8; height: .8em; display: inline-block }
-.notes { background: #fff6df; border-left: 4px solid #e0a100; padding: .4em 1.6em }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f6f8; color: #5b6570; padding: .7em; border-radius: 4px }
-mark, .label { background: #bfe8c5; color: #0b3d17; border-radius: 2px } .label { padding: 0 .4em }
-@media (prefers-color-scheme: dark) {
-  body { color: #d9dee4; background: #15181c } pre { background: #1e2329; color: #9aa5b1 } .notes { background: #332a10 }
-  mark, .label { background: #1f5a2c; color: #dff5e3 } h2, th { border-color: #3a424b }
-}
-"""
-
-
-class Histogram(list[tuple[str, int]]):
-    """(range, rows) of each bar."""
 
 
 def sections(report: dict[str, Any]) -> Iterator[Section]:
@@ -178,43 +156,21 @@ def _heading(row: dict[str, Any], causal: bool) -> str:
 
 def markdown_page(report: dict[str, Any]) -> str:
     """The report for people."""
-    lines = [f"# Data: {_md(report['name'])}", "", _md(_source(report)), ""]
+    lines = [f"# Data: {md(report['name'])}", "", md(_source(report)), ""]
     if report["notes"]:
-        lines += ["**To look at**", "", *(f"- {_md(note)}" for note in report["notes"]), ""]
+        lines += ["**To look at**", "", *(f"- {md(note)}" for note in report["notes"]), ""]
     for title, parts in sections(report):
         lines += [f"## {title}", ""]
         for part in parts:
-            lines += [*_markdown(part), ""]
+            lines += [*markdown(part), ""]
     causal = report["eos"] is not None
     lines += ["## Sample", "", f"What is learnt stands in {OPEN} {CLOSE}." if causal else "Texts as the model reads them.", ""]
     for row in report["sample"]:
         text = "".join(f"{OPEN}{p['text']}{CLOSE}" if p["learnt"] else p["text"] for p in row["pieces"])
         label = f"; label {OPEN}{row['label']}{CLOSE}" if row["label"] is not None else ""
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-        lines += [_md(_heading(row, causal) + label), "", f"{fence}text", text, fence, ""]
+        lines += [md(_heading(row, causal) + label), "", f"{fence}text", text, fence, ""]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _markdown(part: Any) -> list[str]:
-    if isinstance(part, Histogram):
-        most = max(n for _, n in part)
-        wide, digits = max(len(name) for name, _ in part), len(f"{most:,}")
-        return ["```text", *(f"{name:>{wide}}  {n:>{digits},}  {'█' * -(-BAR * n // most)}".rstrip() for name, n in part), "```"]
-    if isinstance(part, str):
-        return [_md(part)]
-    if isinstance(part, list):
-        return [f"- {_md(line)}" for line in part]
-    header, body = part
-    return [_md_row(header), "|" + "---|" * len(header), *(_md_row(row) for row in body)]
-
-
-def _md_row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(map(_md, cells))} |"
-
-
-def _md(text: str) -> str:
-    """Text that Markdown shows as it is, in one line."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~!&$])", r"\\\1", " ".join(str(text).split()))
 
 
 # ----------------------------------------------------------------------------------------------------------------- HTML
@@ -224,45 +180,15 @@ def html_page(report: dict[str, Any]) -> str:
     """The same as a page: no scripts, nothing loaded from elsewhere, learnt text coloured."""
     causal = report["eos"] is not None
     title = f"Data: {report['name']}"
-    out = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{html.escape(title)}</h1><p>{html.escape(_source(report))}</p>",
-    ]
+    out = [*html_begin(title), f"<p>{html.escape(_source(report))}</p>"]
     if report["notes"]:
-        out += ['<div class="notes"><b>To look at</b>', _html(report["notes"]), "</div>"]
+        out += ['<div class="notes"><b>To look at</b>', as_html(report["notes"]), "</div>"]
     for heading, parts in sections(report):
-        out += [f"<h2>{html.escape(heading)}</h2>", *map(_html, parts)]
+        out += [f"<h2>{html.escape(heading)}</h2>", *map(as_html, parts)]
     learnt = "<mark>What is learnt</mark> is coloured." if causal else "Texts as the model reads them."
     out += [f"<h2>Sample</h2><p>{learnt}</p>"]
     for row in report["sample"]:
         label = f' <span class="label">{html.escape(row["label"])}</span>' if row["label"] is not None else ""
         text = "".join(f"<mark>{html.escape(p['text'])}</mark>" if p["learnt"] else html.escape(p["text"]) for p in row["pieces"])
         out.append(f"<p>{html.escape(_heading(row, causal))}{label}</p><pre>{text}</pre>")
-    return "\n".join([*out, "</body></html>"]) + "\n"
-
-
-def _html(part: Any) -> str:
-    if isinstance(part, Histogram):
-        most = max(n for _, n in part)
-        rows = [
-            f'<tr><td class="n">{html.escape(name)}</td><td class="n">{n:,}</td>'
-            f'<td><span class="bar" style="width:{30 * n / most:.2f}em"></span></td></tr>'
-            for name, n in part
-        ]
-        return f"<table>{''.join(rows)}</table>"
-    if isinstance(part, str):
-        return f"<p>{html.escape(part)}</p>"
-    if isinstance(part, list):
-        return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in part)}</ul>"
-    header, body = part
-    numbers = [bool(body) and all(re.match(r"[\d,.]*( \(.*\))?$", row[i]) for row in body) for i in range(len(header))]
-    cells = [' class="n"' if number else "" for number in numbers]
-    lines = (
-        "".join(f"<{tag}{c}>{html.escape(cell)}</{tag}>" for c, cell in zip(cells, row, strict=True))
-        for tag, row in [("th", header), *(("td", row) for row in body)]
-    )
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    return "\n".join([*out, HTML_END]) + "\n"

@@ -1,0 +1,122 @@
+"""Runs of train as processes of their own: what they are called, how they are started, how they ended."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorica.config import WandbLoggerConfig
+from lorica.durable import write_json
+from lorica.secrets import redact
+from lorica.signals import EXIT_CODE
+
+KEPT_LINES = 20  # of a failed run's stderr
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination. overrides: what it is called with, in the typed order. varied: those of the swept keys."""
+
+    overrides: tuple[str, ...]
+    varied: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Readable, a valid folder name, and no other cell's."""
+        text = ",".join(v.replace("model.lora.", "").replace("model=", "").replace("data=", "") for v in self.varied) or "only"
+        slug = re.sub(r"[^\w.,=+-]+", "_", text)
+        return slug if slug == text and len(slug) <= 100 else f"{slug[:88]}-{digest(self.varied)}"
+
+
+def digest(parts: Sequence[str]) -> str:
+    """Eight characters that differ where the parts do."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
+def run_cell(cell: Cell, run_dir: Path, group: str, compose: Callable[[list[str]], Any], config_dir: str | None) -> int:
+    """One cell as a process of its own, which writes its own run folder and W&B run; one that has begun goes on.
+
+    Args:
+        group: of the W&B run, where none was asked for. compose: checks overrides and gives the configuration.
+    Returns:
+        The exit code; what a failed run said is kept in failed.json.
+    """
+    added = [f"run_dir={json.dumps(str(run_dir), ensure_ascii=False)}", "resume=auto"]
+    config = compose(list(cell.overrides))
+    if isinstance(config.logger, WandbLoggerConfig):
+        added += [f"logger.group={config.logger.group or group}", f"logger.run_name={json.dumps(cell.name, ensure_ascii=False)}"]
+    flags = ["--config-dir", config_dir] if config_dir else []
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+    try:
+        code, said = _call([sys.executable, "-m", "lorica", "train", *flags, *cell.overrides, *added], environment)
+    except KeyboardInterrupt:
+        return 130
+    if code and code != EXIT_CODE:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run_dir / "failed.json", {"exit_code": code, "overrides": cell.overrides, "stderr": [redact(line) for line in said]})
+    else:
+        (run_dir / "failed.json").unlink(missing_ok=True)
+    return code
+
+
+def _call(command: list[str], environment: dict[str, str]) -> tuple[int, list[str]]:
+    """Run a command; its stderr is shown as it comes. Returns (exit code, the last lines of its stderr)."""
+    last: deque[str] = deque(maxlen=KEPT_LINES)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    lines = io.TextIOWrapper(process.stderr, "utf-8", "replace", newline="")  # a progress bar's lines end in \r and stay so
+
+    def show() -> None:
+        for line in lines:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+            last.append(line.rstrip())
+
+    reader = threading.Thread(target=show, daemon=True)
+    reader.start()
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # the run got it too, and saves its state; once more ends it
+        try:
+            process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        raise
+    except BaseException:
+        process.kill()
+        raise
+    reader.join(5.0)  # a process that outlives the run may hold its stderr open
+    if not reader.is_alive():
+        lines.close()
+    return code, [line for line in last if line]
+
+
+def why(run_dir: Path) -> str:
+    """How a failed run ended, in a line or two."""
+    file = run_dir / "failed.json"
+    failure = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    code, said = failure.get("exit_code"), failure.get("stderr") or []
+    if code == 1 and (run_dir / "train.log").is_file():
+        return f"{run_dir / 'train.log'} says why"
+    ours = [i for i, line in enumerate(said) if line.startswith("lorica: ")]
+    if code == 2 and ours:
+        return "\n    ".join([said[ours[-1]].removeprefix("lorica: "), *said[ours[-1] + 1 :]])
+    if code is not None and code < 0:
+        return f"killed by {signal.Signals(-code).name}" if -code in set(signal.Signals) else f"killed by signal {-code}"
+    return f"ended with exit code {code}" + (f": {said[-1]}" if said else "") if code else "left no metrics.json"
