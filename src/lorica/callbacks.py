@@ -56,11 +56,16 @@ class Throughput(Callback):
     """Counts tokens and examples of training on this rank, and the time they took without validation and checkpoints.
 
     What was counted before an interruption is kept in the checkpoint. The device is waited for only when the clock stops.
+
+    Args:
+        meter: tells joules from some time on; None: what training takes is not known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, meter: Callable[[], float] | None = None) -> None:
         self.tokens = self.examples = 0
         self.seconds = 0.0
+        self.joules: float | None = 0.0 if meter is not None else None
+        self._meter, self._joules_before = meter, 0.0
         self._since: float | None = None
         self.first_step_seconds: float | None = None
         self.first_step_after = 0.0  # seconds from the run's beginning to that of its first step
@@ -80,10 +85,22 @@ class Throughput(Callback):
         if self._since is not None:
             self.seconds += self._now() - self._since
             self._since = None
+            self.joules = self._used()
+
+    def _used(self) -> float | None:
+        """Joules of training until now."""
+        if self.joules is None or self._meter is None:
+            return None
+        return self.joules + self._meter() - self._joules_before
+
+    def _start(self) -> None:
+        self._since = self._now()
+        if self._meter is not None:
+            self._joules_before = self._meter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._since is None:
-            self._since = self._now()
+            self._start()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.tokens += batch["count"]["tokens"]
@@ -91,7 +108,7 @@ class Throughput(Callback):
         if self.first_step_seconds is None:
             self.pause()
             self.first_step_seconds = self.seconds
-            self._since = self._now()
+            self._start()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.pause()
@@ -104,6 +121,7 @@ class Throughput(Callback):
             "tokens": self.tokens,
             "examples": self.examples,
             "seconds": self.elapsed(),
+            "joules": self._used() if self._since is not None else self.joules,
             "first": self.first_step_seconds,
             "after": self.first_step_after,
         }
@@ -111,12 +129,14 @@ class Throughput(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens, self.examples, self.seconds = state_dict["tokens"], state_dict["examples"], state_dict["seconds"]
         self.first_step_seconds, self.first_step_after = state_dict["first"], state_dict.get("after", 0.0)
+        self.joules = state_dict.get("joules") if self._meter is not None else None
 
     def figures(self, trainer: Trainer) -> dict[str, float]:
         """Rates a second over all ranks and all training time, the first micro-step (which allocates and loads kernels) included."""
         seconds = self.seconds
-        tokens, examples = over_ranks(trainer, self.tokens, self.examples)
-        return {
+        tokens, examples, joules, known = over_ranks(trainer, self.tokens, self.examples, self.joules or 0.0, self.joules is not None)
+        energy = {"train/energy_joules": joules} if known == trainer.world_size else {}
+        return energy | {
             "train/tokens_per_second": tokens / max(seconds, 1e-9),
             "train/samples_per_second": examples / max(seconds, 1e-9),
             "train/seconds": seconds,
@@ -125,7 +145,7 @@ class Throughput(Callback):
         }
 
 
-def over_ranks(trainer: Trainer, *counts: int) -> list[float]:
+def over_ranks(trainer: Trainer, *counts: float) -> list[float]:
     """Sums over all ranks, each of which must call this."""
     if trainer.world_size == 1 or not torch.distributed.is_initialized():
         return [float(c) for c in counts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -176,6 +177,21 @@ def reset_peak_memory() -> None:
     """Forget the peak before training."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+
+
+def energy_meter(device: torch.device) -> Callable[[], float] | None:
+    """What tells the joules that a GPU has used since its driver was loaded (NVML, Volta and later); None where nothing does."""
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except Exception:  # no package, no driver, a slice of a GPU, a GPU that does not count: each with an error of its own
+        return None
+    return lambda: float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -35,7 +35,7 @@ from lorica.data.module import Batching, LoricaDataModule  # noqa: E402
 from lorica.data.registry import build_data  # noqa: E402
 from lorica.data.report import data_report, write_report  # noqa: E402
 from lorica.metrics_log import MetricsLog  # noqa: E402
-from lorica.models import fitting, weights  # noqa: E402
+from lorica.models import adapters, fitting, weights  # noqa: E402
 from lorica.models.causal_lm import CausalLMModule  # noqa: E402
 from lorica.models.loaded import Loaded, Prepared, load, prepare  # noqa: E402
 from lorica.models.module import LoricaModule  # noqa: E402
@@ -230,6 +230,7 @@ def _train(run: Run) -> int:
         screen.note("there are no test rows")
     figures |= figures_of_test
     figures["train/skipped_steps"] = float(module.skipping.skipped)
+    figures["model/trainable"], figures["model/weights"] = map(float, adapters.count(loaded.model))
     figures["memory/peak_gib"] = hardware.peak_memory_gib(machine.device)
     figures["time/total_seconds"] = time.perf_counter() - started
     _finish(run, data, parts, figures, predictions)
@@ -347,7 +348,7 @@ def _assemble(
     scaled = machine.precision == "16-mixed"
     module = cls(loaded.model, config.optimizer, plan.steps, fused=not (scaled and t.gradient_clip_val is not None))
     has_validation = bool(data.eval_rows["validation"])
-    throughput = cb.Throughput()
+    throughput = cb.Throughput(hardware.energy_meter(machine.device))
     record = cb.RecordLoss(throughput, t.log_every_n_steps, plan.steps, plan.epoch_at)
     d: Any = config.data
     write_answers = (lambda: evaluation.answer(data, module, d.max_generated_examples, d.max_new_tokens)) if data.generative else None
