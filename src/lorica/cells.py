@@ -19,6 +19,7 @@ from typing import Any
 
 from lorica.config import WandbLoggerConfig
 from lorica.durable import write_json
+from lorica.screen import Screen
 from lorica.secrets import redact
 from lorica.signals import EXIT_CODE
 
@@ -45,7 +46,24 @@ def digest(parts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
-def run_cell(cell: Cell, run_dir: Path, group: str, compose: Callable[[list[str]], Any], config_dir: str | None) -> int:
+def run_missing(
+    screen: Screen, cells: Sequence[Cell], folder: Path, group: str, compose: Callable[[list[str]], Any], config_dir: str | None
+) -> int:
+    """Run the cells that are not done, each in a folder of its own in `folder`; 0, or the exit code of one that was interrupted."""
+    for number, cell in enumerate(cells, 1):
+        run_dir = folder / cell.name
+        if (run_dir / "metrics.json").is_file():
+            screen.print(f"[{number}/{len(cells)}] {cell.name}: done before")
+            continue
+        screen.print(f"[{number}/{len(cells)}] {cell.name}")
+        code = _run_cell(cell, run_dir, group, compose, config_dir)
+        if code in (130, EXIT_CODE):
+            screen.print("interrupted; the same command goes on with the runs that are not done")
+            return code
+    return 0
+
+
+def _run_cell(cell: Cell, run_dir: Path, group: str, compose: Callable[[list[str]], Any], config_dir: str | None) -> int:
     """One cell as a process of its own, which writes its own run folder and W&B run; one that has begun goes on.
 
     Args:

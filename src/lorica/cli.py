@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 
 from lorica.checks import nearest, sibling
 from lorica.composition import complete, compose, compose_tree, group_options, register_plugins
-from lorica.config import VERBS, ConfigError
+from lorica.config import VERBS, CompareConfig, ConfigError
 from lorica.secrets import redact
 
 FLAGS = ("help", "multirun", "cfg", "config-dir")
@@ -55,25 +56,49 @@ def run(verb: str, args: list[str]) -> int:
     register_plugins()
     if any(a in ("-sc", "--shell-completion") for a in args):
         return complete(verb, args)
-    overrides, flags = _split(args)
+    typed, flags = _split(args)
+    overrides, for_train = _own(verb, typed, flags["config_dir"])
     if flags["show"] == "job" and flags["multirun"]:
         raise ConfigError("--cfg", "job", "shows one run, not a grid", "leave -m and --multirun out, with one value a key")
     if flags["show"]:
         print(_screen(verb, flags["show"], overrides, flags["config_dir"]))
         return 0
+    if flags["multirun"] and verb != "train":
+        raise ConfigError("-m", None, f"runs grids of train, not of {verb}")
     if flags["multirun"]:
         from lorica.grid import run_grid
 
-        if verb != "train":
-            raise ConfigError("-m", None, f"runs grids of train, not of {verb}")
         return run_grid(overrides, lambda cell: compose(verb, cell, flags["config_dir"]), flags["config_dir"])
     config = compose(verb, overrides, flags["config_dir"])
+    if isinstance(config, CompareConfig):
+        from lorica.compare import run_compare
+
+        options = group_options(flags["config_dir"])["model"]
+        return run_compare(config, for_train, lambda cell: compose("train", cell, flags["config_dir"]), options, flags["config_dir"])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     runner = "lorica.resume_drill" if getattr(config, "drill", None) == "resume" else RUNNERS[verb]
     code: int = importlib.import_module(runner).run(config)
     if (loggers := sys.modules.get("lorica.loggers")) is not None:
         loggers.leave(code)
     return code
+
+
+def _own(verb: str, typed: list[str], config_dir: str | None) -> tuple[list[str], list[str]]:
+    """Overrides of the verb's own keys, and those that compare hands on to train, for all of its models.
+
+    Raises:
+        ConfigError: a key that is nearly one of compare's own.
+    """
+    if verb != "compare":
+        return typed, []
+    own = [f.name for f in dataclasses.fields(CompareConfig)]
+    mine = [text for text in typed if text.partition("=")[0].lstrip("+") in own]
+    others = [text for text in typed if text not in mine]
+    for text in others:
+        name, _, value = text.partition("=")
+        if "." not in name and name not in group_options(config_dir) and (near := nearest(name, own)):
+            raise ConfigError(name, value, "there is no such key", f"{near}={value}")
+    return mine, others
 
 
 def _split(args: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -122,5 +147,6 @@ def _screen(verb: str, what: str, overrides: list[str], config_dir: str | None) 
         (f"usage: lorica {verb} [group=option ...] [key=value ...] [-m]" if groups else f"usage: lorica {verb} key=value ...")
         + " [--cfg job] [--config-dir DIR] [-sc install=bash]\n\n"
         + (f"groups\n{groups}\n" if groups else "")
+        + ("every group and key of train too, for all models alike: lorica train --help\n\n" if verb == "compare" else "")
         + f"keys and their values now (docs/configuration.md says what each means)\n{config}"
     ).rstrip()

@@ -1,6 +1,6 @@
 """Runs on the same test rows beside each other: how good each is, how sure that is, whether two differ, and what each cost.
 
-Everything is read from run folders: metrics.json, predictions.jsonl, config.yaml and what lies beside the weights.
+Everything is read from run folders: metrics.json, metrics.csv, predictions.jsonl and what lies beside the weights.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import numpy as np
 
 from lorica import calibration, statistics
 from lorica.config import ConfigError
+from lorica.metrics_log import read_metrics
 from lorica.runs import weights_folder
 
 ENOUGH = 0.05  # p-values below it speak of a difference
+CURVES = ("train/loss", "val/accuracy")
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Compared:
         rows: (text, label) of each test row [N]. labels: class names [K].
         true, predicted: classes [N]. probabilities: of each class [N, K].
         metrics: metrics.json. calibration: of its validation rows, where it has one. storage: bytes of what must be kept of it.
+        curves: (epochs, value) of the training loss and of accuracy in validation.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Compared:
     metrics: dict[str, float]
     calibration: calibration.Calibration | None
     storage: int
+    curves: dict[str, list[tuple[float, float]]]
 
     @property
     def right(self) -> np.ndarray:
@@ -114,7 +118,19 @@ def read(run: Path, name: str) -> Compared:
         json.loads(finished.read_text("utf-8")),
         calibration.read(weights),
         sum(f.stat().st_size for f in weights.glob("*.safetensors")),
+        _curves(run / "metrics.csv"),
     )
+
+
+def _curves(file: Path) -> dict[str, list[tuple[float, float]]]:
+    """Of each of CURVES that was recorded."""
+    series = read_metrics(file) if file.is_file() else {}
+    epochs = series.get("train/epoch")
+    if not epochs:
+        return {}
+    last_step, last_epoch = epochs[-1]
+    scale = last_epoch / max(1, last_step)  # of a step; epochs have the same number of steps but for a few
+    return {name: [(step * scale, value) for step, value in series[name]] for name in CURVES if name in series}
 
 
 def check_same_rows(runs: Sequence[Compared]) -> None:
@@ -152,6 +168,7 @@ def figures(of: Compared) -> dict[str, Any]:
         "temperature": of.calibration.temperature if of.calibration else None,
         "confusion": of.confusion.tolist(),
         "storage_bytes": of.storage,
+        "curves": of.curves,
         **known,
     }
 
@@ -159,6 +176,9 @@ def figures(of: Compared) -> dict[str, Any]:
 # figure -> key of metrics.json
 COSTS = {
     "train_seconds": "train/seconds",
+    "train_joules": "train/energy_joules",
+    "trainable": "model/trainable",
+    "weights": "model/weights",
     "train_samples_per_second": "train/samples_per_second",
     "test_samples_per_second": "test/samples_per_second",
     "peak_gib": "memory/peak_gib",
@@ -173,6 +193,46 @@ def pairs(runs: Sequence[Compared]) -> list[Pair]:
         Pair(a.name, b.name, len(a.true), only_a, only_b, p, statistics.smallest_difference(only_a + only_b, len(a.true)))
         for (a, b, only_a, only_b), p in zip(counted, corrected, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which model to ship.
+
+    Attributes:
+        best: of the highest accuracy. alike: those that the rows can't tell from it, itself included. cheapest: of these, the one that took
+            the least time to train; then the smallest.
+    """
+
+    best: str
+    alike: list[str]
+    cheapest: str
+
+    @property
+    def words(self) -> str:
+        """In plain words."""
+        if len(self.alike) == 1:
+            return f"{self.best} is the best: better than each of the others."
+        others = _listed([name for name in self.alike if name != self.best])
+        said = f"{self.best} has the highest accuracy, and these rows can't tell it from {others}."
+        return said + (f" Of these {self.cheapest} was the cheapest to train." if self.cheapest != self.best else "")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def choose(runs: Sequence[Compared], compared: Sequence[Pair]) -> Choice:
+    """By accuracy, by what the rows show, and by cost."""
+    best = max(runs, key=lambda run: run.right.mean())
+    worse = {
+        pair.second if pair.first == best.name else pair.first
+        for pair in compared
+        if best.name in (pair.first, pair.second) and pair.p < ENOUGH
+    }
+    alike = [run for run in runs if run.name not in worse]
+    cheapest = min(alike, key=lambda run: (run.metrics.get("train/seconds", float("inf")), run.storage))
+    return Choice(best.name, [run.name for run in alike], cheapest.name)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -455,7 +455,21 @@ class MergeConfig:
     )
 
 
-VERBS: dict[str, type] = {"train": TrainConfig, "predict": PredictConfig, "merge": MergeConfig}
+@dataclass
+class CompareConfig:
+    """`lorica compare`. Every other key and group is one of train's, and holds for all models."""
+
+    models: list[str] = key(list, "options of the group model, each trained; NAME_untuned: NAME's base with nothing trained")
+    runs: list[str] = key(list, "finished run folders, put beside them")
+    output: str | None = key(None, "folder for the report; null: that of the comparison's runs, under outputs/compare")
+    latency_rows: int = key(
+        30, "test rows that each model answers one by one, so that an answer is timed; 0: none is", unit="examples", low=0, high=10_000
+    )
+    max_disagreements: int = key(100, "rows shown of those that models answer differently", unit="examples", low=0, high=10_000)
+    price_per_kwh: float | None = key(None, "of electricity in your currency, for what training costs; null: costs are not said", low=0)
+
+
+VERBS: dict[str, type] = {"train": TrainConfig, "predict": PredictConfig, "merge": MergeConfig, "compare": CompareConfig}
 
 # The dataclass of each registered data module and of each logger. Packages add their data modules by the entry point
 # `lorica.data_config` (see docs/data.md).

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorica.cells import Cell, digest, run_cell, why
+from lorica.cells import Cell, digest, run_missing, why
 from lorica.config import ConfigError, NotApplicable, TrainConfig
 from lorica.durable import write_json
 from lorica.screen import Screen
-from lorica.signals import EXIT_CODE
 
 GRIDS = Path("outputs") / "grids"
 
@@ -35,18 +34,9 @@ def run_grid(overrides: Sequence[str], compose: Callable[[list[str]], Any], conf
     for text in dropped:
         screen.note(text)
     screen.print(f"grid {folder}: {len(cells)} runs")
-    records = []
-    for number, cell in enumerate(cells, 1):
-        run_dir = folder / cell.name
-        if (run_dir / "metrics.json").is_file():
-            screen.print(f"[{number}/{len(cells)}] {cell.name}: done before")
-        else:
-            screen.print(f"[{number}/{len(cells)}] {cell.name}")
-            code = run_cell(cell, run_dir, f"grid-{folder.name}", compose, config_dir)
-            if code in (130, EXIT_CODE):
-                screen.print("interrupted; the same command goes on with the runs that are not done")
-                return code
-        records.append(_record(cell, run_dir))
+    if code := run_missing(screen, cells, folder, f"grid-{folder.name}", compose, config_dir):
+        return code
+    records = [_record(cell, folder / cell.name) for cell in cells]
     write_json(folder / "grid.json", {"overrides": list(overrides), "cells": records})
     _table(screen, records)
     failed = [r for r in records if r["failed"]]

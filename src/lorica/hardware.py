@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 from collections.abc import Callable
@@ -192,6 +193,13 @@ def energy_meter(device: torch.device) -> Callable[[], float] | None:
     except Exception:  # no package, no driver, a slice of a GPU, a GPU that does not count: each with an error of its own
         return None
     return lambda: float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
+
+
+def forget() -> None:
+    """Give back what models that are gone have left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -160,6 +160,20 @@ def finish_wandb(
     return lost
 
 
+def record_table(config: TrainConfig, folder: Path, name: str, table: str, columns: list[str], rows: list[list[Any]]) -> str:
+    """A W&B run that has only a table, in the group of that name; what to tell the user, "" where runs aren't recorded there."""
+    if not isinstance(config.logger, WandbLoggerConfig):
+        return ""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = dataclasses.replace(config.logger, run_name=name, group=config.logger.group or name)
+    logger, note = _wandb(config, settings, folder, None)
+    import wandb
+
+    run: Any = getattr(logger, "experiment")  # noqa: B009 (the base class does not declare it)
+    run.log({table: wandb.Table(columns=columns, data=rows)})
+    return note if _finish(run, 0) else f"W&B does not answer any more; nothing is lost: wandb sync {folder}/wandb/run-*-{run.id}"
+
+
 def _finish(run: Any, exit_code: int) -> bool:
     """Close a W&B run, waiting for its uploads as long as W&B answers; whether it was closed."""
     thread = threading.Thread(target=run.finish, kwargs={"exit_code": exit_code}, daemon=True)

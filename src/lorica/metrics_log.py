@@ -14,6 +14,17 @@ from lightning.pytorch.loggers import Logger
 from lorica import durable
 
 
+def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
+    """metrics.csv as name -> [(step, value)]."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    with file.open(newline="") as f:
+        for row in csv.DictReader(f):
+            for name, value in row.items():
+                if name != "step" and value:
+                    series.setdefault(name, []).append((int(float(row["step"])), float(value)))
+    return series
+
+
 class MetricsLog(Logger):
     """A csv file with a row for each record; a new column, empty in the rows before, is put in by replacing the file.
 

@@ -17,7 +17,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #1b1f24; background: #fff }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #d7dce1 }
 table { border-collapse: collapse; margin: .6em 0 } th, td { padding: .2em .8em .2em 0; text-align: left; vertical-align: top }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } th { border-bottom: 1px solid #d7dce1 }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } td.n { white-space: nowrap } th { border-bottom: 1px solid #d7dce1 }
 .bar { background: #4c78a8; height: .8em; display: inline-block }
 .notes { background: #fff6df; border-left: 4px solid #e0a100; padding: .4em 1.6em }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f6f8; color: #5b6570; padding: .7em; border-radius: 4px }
@@ -73,8 +73,8 @@ def html_begin(title: str, more_style: str = "") -> list[str]:
 HTML_END = "</body></html>"
 
 
-def as_html(part: Any) -> str:
-    """The same as HTML."""
+def as_html(part: Any, figures: bool = False) -> str:
+    """The same as HTML. figures: all columns of a table but the first are, whatever is said where one is not known."""
     if isinstance(part, Histogram):
         most = max(n for _, n in part)
         rows = [
@@ -89,6 +89,8 @@ def as_html(part: Any) -> str:
         return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in part)}</ul>"
     header, body = part
     numbers = [bool(body) and all(re.match(r"[\d,.]*( \(.*\))?$", row[i]) for row in body) for i in range(len(header))]
+    if figures:
+        numbers = [i > 0 for i in range(len(header))]
     cells = [' class="n"' if number else "" for number in numbers]
     lines = (
         "".join(f"<{tag}{c}>{html.escape(cell)}</{tag}>" for c, cell in zip(cells, row, strict=True))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from lorica.metrics_log import read_metrics
 
 PAPER, INK, GRID = "#fbfaf7", "#22272e", "#d9d5cc"
 BLUE, ORANGE, GREEN = "#2f6db3", "#c8641b", "#3b7d4f"
@@ -32,17 +33,6 @@ def _save(figure: Any, file: Path) -> None:
 
     figure.savefig(file, dpi=120)
     plt.close(figure)
-
-
-def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
-    """metrics.csv as name -> [(step, value)]."""
-    series: dict[str, list[tuple[int, float]]] = {}
-    with file.open(newline="") as f:
-        for row in csv.DictReader(f):
-            for name, value in row.items():
-                if name != "step" and value:
-                    series.setdefault(name, []).append((int(float(row["step"])), float(value)))
-    return series
 
 
 def draw_curves(metrics: Path, file: Path, monitor: str, best_step: int) -> None:
