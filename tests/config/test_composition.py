@@ -26,7 +26,7 @@ from lorica.config import ConfigError, NotApplicable, TrainConfig, TrainerConfig
 from lorica.runs import to_yaml
 
 OPTIONS = composition.group_options()
-CLASSIFIERS = {"minilm_lora", "minilm_full", "roberta_lora", "roberta_full", "roberta_qlora"}
+CLASSIFIERS = {"minilm_qlora", "minilm_lora", "minilm_full", "roberta_lora", "roberta_full", "roberta_qlora"}
 CAUSAL = {"mistral_lora", "mistral_qlora", "tiny_mistral_qlora"}
 UNLABELLED = {"chat", "healthcare_qa", "instruction"}
 NEED_A_FILE = {"classification", "instruction"}
