@@ -35,6 +35,10 @@ from lorica.states import last_state
 OPTIONAL_GROUPS = ("experiment", "debug")  # null unless chosen
 # Sentences, paths and names, taken as they are typed: Hydra's grammar would stumble over their commas, apostrophes and umlauts.
 VERBATIM = {"predict": ("text", "run", "input", "output", "text_column", "base"), "merge": ("run", "output", "base", "sample")}
+LICENCES = {
+    "model.license": ("model.base",),
+    "data.license": ("data.hub_id", "data.path"),
+}  # what was typed may have another than the YAML's
 NEVER_NULL = ("text", "run")  # `text=null` asks about the word
 
 
@@ -88,6 +92,9 @@ def compose_tree(verb: str, args: Sequence[str], config_dir: str | None = None) 
     for name, value in values:
         plain_yaml.check_value(name, value)
         _apply(tree, verb, name, value)
+    for licence, of in LICENCES.items() if verb == "train" else ():
+        if any(name in of for name, _ in values) and licence not in dict(values):
+            OmegaConf.update(tree, licence, None)
     plain_yaml.check_tree(OmegaConf.to_container(tree))
     return tree
 

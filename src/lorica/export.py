@@ -5,7 +5,6 @@ A 4-bit base is merged as its dequantised weights, which are what the adapter wa
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.config import ConfigError, MergeConfig, TrainerConfig
-from lorica.durable import replaced_folder, sha256, write_json, write_text
+from lorica.durable import replaced_folder, sha256, write_json
 from lorica.runs import TASK_FILE, read_task
 from lorica.screen import Screen, quiet_libraries
 
@@ -22,7 +21,7 @@ quiet_libraries()
 import torch  # noqa: E402  (after the libraries' noise is off)
 from rich.table import Table  # noqa: E402
 
-from lorica import calibration, certificate, hardware  # noqa: E402
+from lorica import calibration, certificate, hardware, model_card  # noqa: E402
 from lorica.certificate import Figures, Sample  # noqa: E402
 from lorica.data import token_contract  # noqa: E402
 from lorica.fingerprint import versions  # noqa: E402
@@ -86,7 +85,8 @@ def run(config: MergeConfig) -> int:
         for rest in [p for p in folder.iterdir() if p.is_dir()]:
             shutil.rmtree(rest)
         write_json(folder / REPORT, report(job, chosen, rows, found))
-        write_text(folder / "README.md", card(job, chosen, rows, found))
+        merged = model_card.Merged(ONTO[chosen], _name(dtype), certificate_line(rows, found.get(chosen)))
+        model_card.write(source, folder, {}, merged)
     screen.print(f"merged {ONTO[chosen]}, {_name(dtype)}: {target}")
     kind = "text-generation" if opened.task["task"] == "causal_lm" else "text-classification"
     screen.print(f"next   python -c \"from transformers import pipeline; print(pipeline('{kind}', '{target}')('...'))\"")
@@ -137,7 +137,7 @@ def compare(job: Job, names: list[str], rows: Sample, folder: Path) -> dict[str,
     with job.screen.counting("adapter") as count:
         found["adapter"] = certificate.measure(load_trained(job.source, job.device, job.config.base), rows, logits, True, count)
     for name in names:
-        _let_go()
+        hardware.forget()
         write_candidate(job, name, folder)
         with job.screen.counting(f"{name} compared") as count:
             merged = load_trained(folder / name, job.device)
@@ -149,13 +149,6 @@ def compare(job: Job, names: list[str], rows: Sample, folder: Path) -> dict[str,
         for other in {*names, "dequantised"} - needed:
             shutil.rmtree(folder / other, ignore_errors=True)
     return found
-
-
-def _let_go() -> None:
-    """Give back what the last model held; Lightning's modules refer to themselves."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def write_candidate(job: Job, name: str, folder: Path) -> None:
@@ -252,30 +245,11 @@ def report(job: Job, chosen: str, rows: Sample | None, found: dict[str, Figures]
     }
 
 
-def card(job: Job, chosen: str, rows: Sample | None, found: dict[str, Figures]) -> str:
-    """The model card."""
-    opened = job.opened
-    kind = "text-generation" if opened.task["task"] == "causal_lm" else "text-classification"
-    if rows is None:
-        certified = f"not compared with the adapter (`certify_rows=0`); {REPORT} has what it was made of"
-    else:
-        f = found[chosen]
-        certified = (
-            f"mean KL divergence from the adapter {f.kl:.1e} nats, the same most likely answer at {f.agreement:.2%} of {f.positions:,} "
-            f"positions, largest logit difference {f.largest:.2g} ({len(rows.examples)} rows: {rows.origin}; {REPORT})"
-        )
-    labels = opened.task.get("labels")
-    lines = [
-        "---",
-        f"base_model: {opened.base.name}",
-        "library_name: transformers",
-        "---",
-        f"# {Path(opened.base.name).name}, merged",
-        "",
-        f"An adapter trained on {opened.task.get('data') or 'unnamed data'}, merged by Lorica {ONTO[chosen]}, in {_name(job.dtype)}.",
-        "",
-        f"- Task: {opened.task['task']}" + (f", labels {', '.join(labels)}" if labels else ""),
-        f'- Load: `pipeline("{kind}", model="<this folder>")`',
-        f"- Certificate: {certified}",
-    ]
-    return "\n".join(lines) + "\n"
+def certificate_line(rows: Sample | None, found: Figures | None) -> str:
+    """How far the merged model is from the adapter, in words."""
+    if rows is None or found is None:
+        return f"not compared with the adapter (`certify_rows=0`); {REPORT} has what it was made of"
+    return (
+        f"mean KL divergence from the adapter {found.kl:.1e} nats, the same most likely answer at {found.agreement:.2%} of "
+        f"{found.positions:,} positions, largest logit difference {found.largest:.2g} ({len(rows.examples)} rows: {rows.origin}; {REPORT})"
+    )

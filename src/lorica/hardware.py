@@ -196,7 +196,7 @@ def energy_meter(device: torch.device) -> Callable[[], float] | None:
 
 
 def forget() -> None:
-    """Give back what models that are gone have left."""
+    """Give back what models that are gone have left; Lightning's modules refer to themselves."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

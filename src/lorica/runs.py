@@ -5,6 +5,7 @@ metrics.json       final figures; last to be written: its presence means the run
 metrics.csv        every logged figure by step      predictions.jsonl    every test row with its prediction
 data_report.*      what was in the data             checkpoints/         resumable state
 train.log .hydra/  what was printed and typed       curves.png confusion.png
+environment.json   machine, precision, versions
 """
 
 from __future__ import annotations

@@ -27,7 +27,21 @@ from lightning.pytorch import Callback, Trainer, seed_everything  # noqa: E402
 from lightning.pytorch.callbacks import EarlyStopping  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 
-from lorica import accumulation, checkpoints, evaluation, fingerprint, hardware, launch, loggers, oom, plots, resuming, states, summary  # noqa: E402
+from lorica import (  # noqa: E402  # noqa: E402
+    accumulation,
+    checkpoints,
+    evaluation,
+    fingerprint,
+    hardware,
+    launch,
+    loggers,
+    model_card,
+    oom,
+    plots,
+    resuming,
+    states,
+    summary,
+)
 from lorica import callbacks as cb  # noqa: E402
 from lorica.checkpoints import Checkpoints  # noqa: E402
 from lorica.data.gates import check_report  # noqa: E402
@@ -193,6 +207,8 @@ def _train(run: Run) -> int:
     if config.drill == "accumulation":
         return _drill(run, module, data, machine, trainer)
     if run.main:
+        facts = {"machine": machine.description, "precision": machine.precision, "versions": made_for["versions"]}
+        write_json(run.folder / model_card.ENVIRONMENT, facts)
         point_latest(run.folder)
     if not len(data.plan):
         screen.note("trainer.max_steps=0: nothing is trained, the base as it is is tested")
@@ -439,5 +455,6 @@ def _finish(run: Run, data: LoricaDataModule, parts: Parts, figures: dict[str, f
     plots.draw_curves(folder / "metrics.csv", folder / "curves.png", parts.keep.monitor, parts.keep.best_step)
     if parts.evaluate.confusion is not None and data.labels is not None and predictions:
         plots.draw_confusion(parts.evaluate.confusion, data.labels, folder / "confusion.png")
+    model_card.write(folder, run.weights, figures)
     _close_loggers(run, predictions, figures)
     write_json(folder / "metrics.json", figures)

@@ -1,4 +1,4 @@
-"""The weights that a run keeps: adapter/ or model/ with tokenizer, lorica.json and model card; written whole, and put back."""
+"""The weights that a run keeps: adapter/ or model/ with tokenizer and lorica.json; written whole, and put back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorica.calibration import write as write_calibration
 from lorica.config import ConfigError, TrainConfig
 from lorica.data import token_contract
 from lorica.data.module import LoricaDataModule
-from lorica.durable import MANIFEST, damage, recover_folder, replaced_folder, write_json, write_text
+from lorica.durable import FOR_PEOPLE, MANIFEST, damage, recover_folder, replaced_folder, write_json
 from lorica.models import adapters
 from lorica.models.base import Base
 from lorica.runs import TASK_FILE
@@ -64,7 +64,7 @@ def save(
         token_contract.write(new, token_contract.made(task, tokenizer))
         if calibration is not None:
             write_calibration(new, calibration)
-        write_text(new / "README.md", _card(config, data, base))
+        (new / FOR_PEOPLE).unlink(missing_ok=True)  # PEFT's, of empty sections; ours is written when the figures are known
 
 
 def check_finite(model: torch.nn.Module, where: str) -> None:
@@ -110,39 +110,3 @@ def load(folder: Path, model: Any) -> None:
 def dtype_name(model: Any) -> str:
     """`bfloat16`, `float32`: of the weights that are not in 4 bits."""
     return str(model.dtype).removeprefix("torch.")
-
-
-def _card(config: TrainConfig, data: LoricaDataModule, base: Base) -> str:
-    lora = config.model.lora
-    kind = "LoRA adapter" if lora else "model"
-    load = (
-        f'PeftModel.from_pretrained({_auto_class(config)}.from_pretrained("{base.name}"{_head_arguments(config, data)}), "<this folder>")'
-        if lora
-        else 'pipeline(..., model="<this folder>")'
-    )
-    card = [
-        "---",
-        f"base_model: {base.name}",
-        f"library_name: {'peft' if lora else 'transformers'}",
-        "---",
-        f"# {config.model.name} on {config.data.name}",
-        "",
-    ]
-    card += [f"A {kind} trained by Lorica on {len(data.splits.train):,} rows of {config.data.name} ({config.data.source}).", ""]
-    card += [
-        f"- Task: {config.model.task}" + (f", labels {', '.join(data.labels)}" if data.labels else ""),
-        f"- Load: `{load}`",
-        f"- Seed {config.seed}, learning rate {config.optimizer.lr:g}, longest sequence {config.model.max_length} tokens",
-    ]
-    if data.generative and "health" in config.data.name:
-        card += ["- Answers are not medical advice."]
-    return "\n".join(card) + "\n"
-
-
-def _auto_class(config: TrainConfig) -> str:
-    return "AutoModelForCausalLM" if config.model.task == "causal_lm" else "AutoModelForSequenceClassification"
-
-
-def _head_arguments(config: TrainConfig, data: LoricaDataModule) -> str:
-    """What the base's loader must be told of a classifier's new head."""
-    return f", num_labels={len(data.labels)}" if config.model.task != "causal_lm" and data.labels else ""
