@@ -24,6 +24,7 @@ from lorica.config import (
     NotApplicable,
     OptimizerConfig,
     PredictConfig,
+    PushConfig,
     TrainConfig,
 )
 
@@ -31,6 +32,7 @@ DATA_ENDINGS = (".csv", ".jsonl", ".json", ".parquet")
 ANSWERED_ENDINGS = (".csv", ".jsonl", ".parquet")  # of files that are read and written row by row
 
 # What a key of ours is called in transformers, PEFT, Lightning and everyday speech; told to those who type that.
+REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # on the hub
 ELSEWHERE = {
     "learning_rate": "optimizer.lr",
     "num_train_epochs": "trainer.max_epochs",
@@ -125,6 +127,10 @@ def check(config: Any) -> None:
         _check_predict(config)
     elif isinstance(config, MergeConfig):
         _check_merge(config)
+    elif isinstance(config, PushConfig):
+        _check_folder("run", config.run)
+        if not re.fullmatch(REPOSITORY, config.repo):
+            raise ConfigError("repo", repr(config.repo), "must be owner/name, of letters, digits, _, - and .", "repo=me/my-adapter")
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -458,6 +458,16 @@ class MergeConfig:
 
 
 @dataclass
+class PushConfig:
+    """`lorica push`."""
+
+    run: str = key("???", "run folder, adapter folder or merged folder, whose weights and card are uploaded")
+    repo: str = key("???", "repository on the Hugging Face hub, owner/name; made where there is none")
+    private: bool = key(True, "a new repository is readable by you alone; one that is there stays as it is")
+    confirm: bool = key(False, "upload; else only what would be uploaded is shown")
+
+
+@dataclass
 class CompareConfig:
     """`lorica compare`. Every other key and group is one of train's, and holds for all models."""
 
@@ -471,7 +481,13 @@ class CompareConfig:
     price_per_kwh: float | None = key(None, "of electricity in your currency, for what training costs; null: costs are not said", low=0)
 
 
-VERBS: dict[str, type] = {"train": TrainConfig, "predict": PredictConfig, "merge": MergeConfig, "compare": CompareConfig}
+VERBS: dict[str, type] = {
+    "train": TrainConfig,
+    "predict": PredictConfig,
+    "merge": MergeConfig,
+    "compare": CompareConfig,
+    "push": PushConfig,
+}
 
 # The dataclass of each registered data module and of each logger. Packages add their data modules by the entry point
 # `lorica.data_config` (see docs/data.md).

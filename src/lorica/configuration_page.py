@@ -38,7 +38,7 @@ python predict.py run=outputs/latest text="Late goal wins the cup, 3-2"
 Values are written in Hydra's grammar, hence the quotes in quotes. `text` and the paths of `predict` and `merge` are taken as they are:
 commas, apostrophes and umlauts need the shell's quotes only.
 
-`lorica VERB ...` does the same where the package is installed; the verbs are `train`, `predict`, `merge` and `compare`. Groups and
+`lorica VERB ...` does the same where the package is installed; the verbs are `train`, `predict`, `merge`, `push` and `compare`. Groups and
 `-m` belong to `train`; `compare` takes its groups and keys too, for all of its models. Each combination of a grid is a process and a
 run folder of its own, under `outputs/grids/`; one that is finished is not run again, and a key is left out of combinations that have
 no use for it (`model.lora.r` with `model=minilm_full`).
