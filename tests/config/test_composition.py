@@ -47,6 +47,8 @@ def choose(rows: Path, **groups: str) -> list[str]:
 
 
 def compose(*args: str) -> TrainConfig:
+    if "experiment=distill_sentiment" in args:
+        args = (*args, f"distillation.teacher={Path(__file__).parent}")
     config = composition.compose("train", args)
     assert isinstance(config, TrainConfig)
     return config

@@ -134,6 +134,10 @@ def _card(config: TrainConfig, data: LoricaDataModule, base: Base) -> str:
         f"- Load: `{load}`",
         f"- Seed {config.seed}, learning rate {config.optimizer.lr:g}, longest sequence {config.model.max_length} tokens",
     ]
+    taught = config.distillation
+    if taught.teacher is not None and taught.weight:
+        how = f"temperature {taught.temperature:g}, weight {taught.weight:g}"
+        card.append(f"- Learnt a teacher's label probabilities beside the true labels ({how})")
     if data.generative and "health" in config.data.name:
         card += ["- Answers are not medical advice."]
     return "\n".join(card) + "\n"
