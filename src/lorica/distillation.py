@@ -214,5 +214,5 @@ def _tested(predictions: Path) -> set[str]:
     try:
         rows = [json.loads(line) for line in predictions.read_text("utf-8").splitlines()]
         return {Example("", text=row["text"]).content for row in rows}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()
