@@ -51,6 +51,8 @@ def compose(verb: str, args: Sequence[str], config_dir: str | None = None) -> An
     if isinstance(config, TrainConfig):
         fill_recommended(config)
     check(config)
+    if isinstance(config, TrainConfig) and config.distillation.teacher is not None:
+        config.distillation.teacher = _behind_link(config.distillation.teacher)
     if isinstance(config, PredictConfig) and config.text is not None:
         _check_text(config)
     return config
@@ -264,6 +266,12 @@ def _load_run(file: Path) -> Any:
     saved = _literal(saved)
     plain_yaml.check_value("", saved)
     return OmegaConf.create(saved)
+
+
+def _behind_link(folder: str) -> str:
+    """The folder itself where a link is named: outputs/latest will soon point to the run that this is for."""
+    path = Path(folder).expanduser()
+    return str(path.resolve()) if path.is_symlink() else folder
 
 
 def _literal(node: Any) -> Any:

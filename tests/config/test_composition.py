@@ -129,6 +129,14 @@ def test_every_debug_goes_with_every_model_and_logger(debug: str) -> None:
         assert compose(f"logger={logger}", f"debug={debug}").logger.name == logger
 
 
+def test_a_teacher_is_the_folder_that_a_link_names_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "latest").symlink_to("run")
+    assert compose("data=sentiment", "distillation.teacher=latest").distillation.teacher == str(tmp_path / "run")
+    assert compose("data=sentiment", "distillation.teacher=run").distillation.teacher == "run"
+
+
 def test_the_shipped_default_needs_nothing_from_outside() -> None:
     config = compose()
     assert (config.model.name, config.data.name, config.data.source, config.logger.name) == ("minilm_lora", "ag_news", "sample", "csv")
