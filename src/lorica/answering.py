@@ -85,9 +85,31 @@ class Predictor:
         """Tokens of each."""
         return [len(e.ids) if isinstance(e, Encoded) else sum(map(len, e.sequences)) for e in items]
 
+    @torch.inference_mode()
+    def log_probabilities(self, items: Sequence[Any], done: Callable[[int], None] = uncounted) -> np.ndarray:
+        """Of each label, fp32 [N, labels], in the order of what was encoded; as the model gives them, not calibrated."""
+        assert self.labels is not None
+        scores, place = self._label_scores(items, None, done)
+        return np.asarray(scores.float().cpu().numpy()[place])
+
     def _scored(self, items: Sequence[Any], batch_size: int | None, done: Callable[[int], None]) -> Callable[[], list[Answer]]:
         """Labels with their probabilities. The scores stay on the device until all are there."""
         assert self.labels is not None
+        scores, place = self._label_scores(items, batch_size, done)
+        found, arrived = _on_its_way((scores.float() / self.trained.temperature).softmax(1))
+        names = self.labels
+
+        def answers() -> list[Answer]:
+            arrived()
+            rows = found[torch.from_numpy(place)]
+            probability, best = rows.max(1)
+            said = [names[k] if sure else None for k, sure in zip(best.tolist(), (probability >= self.threshold).tolist(), strict=True)]
+            return [Answer(name, dict(zip(names, row, strict=True))) for name, row in zip(said, rows.tolist(), strict=True)]
+
+        return answers
+
+    def _label_scores(self, items: Sequence[Any], batch_size: int | None, done: Callable[[int], None]) -> tuple[torch.Tensor, np.ndarray]:
+        """(log-probabilities [N, labels] on the device, in the order of the batches; where each item's are, [N])."""
         device, padded = self.trained.model.device, self.trained.padded
         by_tokens = batch_size is None and device.type == "cuda"
         sizes = np.asarray(self._lengths(items))
@@ -107,17 +129,7 @@ class Predictor:
             done(len(group))
         place = np.empty(len(items), np.int64)
         place[order] = np.arange(len(items))
-        found, arrived = _on_its_way((torch.cat(scores).float() / self.trained.temperature).softmax(1))
-        names = self.labels
-
-        def answers() -> list[Answer]:
-            arrived()
-            rows = found[torch.from_numpy(place)]
-            probability, best = rows.max(1)
-            said = [names[k] if sure else None for k, sure in zip(best.tolist(), (probability >= self.threshold).tolist(), strict=True)]
-            return [Answer(name, dict(zip(names, row, strict=True))) for name, row in zip(said, rows.tolist(), strict=True)]
-
-        return answers
+        return torch.cat(scores), place
 
     def _scores(self, batch: dict[str, Any]) -> torch.Tensor:
         device = self.trained.model.device

@@ -1,4 +1,4 @@
-"""Where what is kept between runs lies: token ids, compiled layers. All of it may be deleted."""
+"""Where what is kept between runs lies: token ids, teachers' scores, compiled layers. All of it may be deleted."""
 
 from __future__ import annotations
 

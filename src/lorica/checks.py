@@ -17,6 +17,7 @@ from lorica.config import (
     ClassificationDataConfig,
     ConfigError,
     DataConfig,
+    DistillationConfig,
     InstructionDataConfig,
     LoggerConfig,
     MergeConfig,
@@ -58,6 +59,12 @@ ELSEWHERE = {
     "limit_test_batches": "data.max_test_examples",
     "fast_dev_run": "debug=fast",
     "overfit_batches": "debug=overfit",
+}
+
+# What to type for keys that a recipe leaves to the user.
+HOW_TO_GIVE = {
+    "distillation.teacher": "python train.py model=mistral_qlora data=sentiment run_dir=outputs/teacher\n"
+    "  then: python train.py experiment=distill_sentiment distillation.teacher=outputs/teacher"
 }
 
 
@@ -123,6 +130,7 @@ def check(config: Any) -> None:
         _check_pair(config)
         _check_batch(config)
         _check_trainer(config)
+        _check_distillation(config)
     elif isinstance(config, PredictConfig):
         _check_predict(config)
     elif isinstance(config, MergeConfig):
@@ -331,6 +339,29 @@ def _check_trainer(config: TrainConfig) -> None:
         raise ConfigError("resume", config.resume, rule, f"resume={near or 'auto'}")
 
 
+def _check_distillation(config: TrainConfig) -> None:
+    asked, default = config.distillation, DistillationConfig()
+    if asked.teacher is None:
+        for name in ("temperature", "weight"):
+            if (value := getattr(asked, name)) != getattr(default, name):
+                raise NotApplicable(
+                    f"distillation.{name}",
+                    value,
+                    "there is no teacher (distillation.teacher is null)",
+                    "distillation.teacher=<its run folder>",
+                )
+        return
+    if config.model.task != "sequence_classification":
+        raise NotApplicable(
+            "distillation.teacher",
+            asked.teacher,
+            f"teaches a classifier its label probabilities; model={config.model.name} learns the labels' words",
+            "model=minilm_lora, or distillation.teacher=null",
+        )
+    first = f"python train.py model=mistral_qlora data={config.data.name} run_dir={asked.teacher}"
+    _check_folder("distillation.teacher", asked.teacher, f"{first}\n  then: the same command again")
+
+
 def _check_devices(devices: Any, name: str = "trainer.devices") -> None:
     numbers = isinstance(devices, list) and devices and all(isinstance(d, int) and d >= 0 for d in devices)
     count = isinstance(devices, int) and not isinstance(devices, bool) and (devices == -1 or devices >= 1)
@@ -374,6 +405,6 @@ def _check_merge(config: MergeConfig) -> None:
         raise ConfigError("requantize", True, "is chosen by comparison, which certify_rows=0 leaves out", "onto=requantised, to write that")
 
 
-def _check_folder(name: str, value: str) -> None:
+def _check_folder(name: str, value: str, fix: str = "") -> None:
     if not Path(value).expanduser().is_dir():
-        raise ConfigError(name, value, "there is no such folder" + sibling(Path(value)), f"{name}=outputs/latest")
+        raise ConfigError(name, value, "there is no such folder" + sibling(Path(value)), fix or f"{name}=outputs/latest")

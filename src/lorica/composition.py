@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lorica import plain_yaml
-from lorica.checks import ELSEWHERE, check, nearest
+from lorica.checks import ELSEWHERE, HOW_TO_GIVE, check, nearest
 from lorica.config import (
     DATA_SCHEMAS,
     LOGGER_SCHEMAS,
@@ -59,6 +59,8 @@ def compose(verb: str, args: Sequence[str], config_dir: str | None = None) -> An
     if isinstance(config, TrainConfig):
         fill_recommended(config)
     check(config)
+    if isinstance(config, TrainConfig) and config.distillation.teacher is not None:
+        config.distillation.teacher = _behind_link(config.distillation.teacher)
     if isinstance(config, PredictConfig) and config.text is not None:
         _check_text(config)
     return config
@@ -93,6 +95,8 @@ def compose_tree(verb: str, args: Sequence[str], config_dir: str | None = None) 
         for name, value in typing.cast(dict[str, Any], OmegaConf.to_container(loaded)).items():
             _apply(schema, verb, str(name), value)  # one by one: says which key, its value and the nearest valid one
         raise _translate(e) from None
+    for name in OmegaConf.missing_keys(loaded):  # a recipe's ??? takes no default away in a merge
+        OmegaConf.update(tree, name, "???")
     for name, value in values:
         plain_yaml.check_value(name, value)
         _apply(tree, verb, name, value)
@@ -275,6 +279,12 @@ def _load_run(file: Path) -> Any:
     return OmegaConf.create(saved)
 
 
+def _behind_link(folder: str) -> str:
+    """The folder itself where a link is named: outputs/latest will soon point to the run that this is for."""
+    path = Path(folder).expanduser()
+    return str(path.resolve()) if path.is_symlink() else folder
+
+
 def _literal(node: Any) -> Any:
     """Plain values with interpolation marks escaped."""
     if isinstance(node, dict):
@@ -343,7 +353,7 @@ def _typed(tree: Any) -> Any:
     try:
         missing = sorted(OmegaConf.missing_keys(tree))
         if missing:
-            raise ConfigError(missing[0], None, "must be given", f"{missing[0]}=...")
+            raise ConfigError(missing[0], None, "must be given", HOW_TO_GIVE.get(missing[0], f"{missing[0]}=..."))
         return OmegaConf.to_object(tree)
     except OmegaConfBaseException as e:
         raise _translate(e) from None

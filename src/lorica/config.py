@@ -364,6 +364,26 @@ class WandbLoggerConfig(LoggerConfig):
 
 
 @dataclass
+class DistillationConfig:
+    """A classifier learns a teacher's label probabilities beside the true labels (Hinton et al. 2015, arXiv:1503.02531)."""
+
+    teacher: str | None = key(
+        None,
+        "run folder, adapter folder or merged model that scores the same labels; it is asked about every training row before training, "
+        "and what it says is kept on disk for the next run; null: none",
+    )
+    temperature: float = key(
+        2.0, "teacher's and student's log-probabilities are divided by it before they are compared", above=0.0, high=100.0
+    )
+    weight: float = key(
+        0.5,
+        "share of the loss that is temperature^2 x KL(teacher || student); the rest is cross-entropy with the true labels; 0: the teacher is not asked",
+        low=0.0,
+        high=1.0,
+    )
+
+
+@dataclass
 class TrainConfig:
     """`lorica train`."""
 
@@ -381,6 +401,7 @@ class TrainConfig:
     data: DataConfig = key(DataConfig)
     trainer: TrainerConfig = key(TrainerConfig)
     optimizer: OptimizerConfig = key(OptimizerConfig)
+    distillation: DistillationConfig = key(DistillationConfig)
     logger: LoggerConfig = key(LoggerConfig)
 
 

@@ -67,7 +67,7 @@ loaded, with the key, the value, the rule and what to type instead.
 | environment variable | meaning |
 |---|---|
 | `LORICA_VERBOSE` | set to anything: what the libraries print is shown, and the traceback of a failed run |
-| `LORICA_CACHE` | token ids (at most 10 GiB) and compiled layers, safe to delete; else `$XDG_CACHE_HOME/lorica`, else `~/.cache/lorica` |
+| `LORICA_CACHE` | tokens, teachers' scores (10 GiB each), compiled layers; deletable; else `$XDG_CACHE_HOME/lorica`, `~/.cache/lorica` |
 | `HF_HUB_OFFLINE` | 1: the Hugging Face hub is not asked; what its cache holds is used |
 | `WANDB_API_KEY`, `WANDB_MODE` | W&B's own; `WANDB_MODE=offline` wins over `logger.mode` |
 

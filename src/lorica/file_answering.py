@@ -191,15 +191,15 @@ class Counted:
     """Rows answered, rows a second and time left: a bar on a terminal, else a line every LINE_SECONDS.
 
     Args:
-        total: rows to answer. before: of which an earlier run answered so many.
+        total: rows to answer. before: of which an earlier run answered so many. what: is being done.
     """
 
-    def __init__(self, screen: Screen, total: int, before: int) -> None:
+    def __init__(self, screen: Screen, total: int, before: int, what: str = "predict") -> None:
         from rich.progress import BarColumn, Progress, TextColumn
 
         self.screen, self.total, self.done, self._first = screen, total, before, 0
-        self._begun = self._said = time.perf_counter()
-        columns = (TextColumn("predict"), BarColumn(), TextColumn("{task.fields[note]}"))
+        self._made = self._begun = self._said = time.perf_counter()
+        columns = (TextColumn(what), BarColumn(), TextColumn("{task.fields[note]}"))
         self._bar = Progress(*columns, console=screen.console, disable=not screen.is_terminal, refresh_per_second=4)
         self._task = self._bar.add_task("", total=total, completed=before, note="")
 
@@ -221,6 +221,11 @@ class Counted:
         elif now - self._said >= LINE_SECONDS:
             self._said = now
             self.screen.print(f"  {self._words(now)}")
+
+    @property
+    def seconds(self) -> float:
+        """Since it was made."""
+        return time.perf_counter() - self._made
 
     def _words(self, now: float) -> str:
         rate = (self.done - self._first) / max(now - self._begun, 1e-9)

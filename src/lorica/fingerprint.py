@@ -56,6 +56,7 @@ HARMLESS = (
     *("trainer.enable_progress_bar", "trainer.detect_anomaly", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
     *("trainer.strategy", "trainer.precision", "trainer.compile", "trainer.cuda_graphs", "trainer.gradient_checkpointing"),
     *("trainer.resident_weights", "trainer.offload_embeddings"),
+    "distillation.teacher",
 )
 
 

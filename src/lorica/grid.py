@@ -76,6 +76,9 @@ def plan_cells(overrides: Sequence[str], compose: Callable[[list[str]], Any]) ->
             choices.append([(f"{override.get_key_element()}={value}", True) for value in override.sweep_string_iterator()])
         else:
             choices.append([(text, False)])
+        for name, _, folder in (choice.partition("=") for choice, _ in choices[-1]):
+            if name == "distillation.teacher" and (link := Path(folder).expanduser()).is_symlink():
+                raise ConfigError(name, folder, "points elsewhere as soon as the grid's first run begins", f"{name}={link.resolve()}")
     cells: dict[Cell, None] = {}
     dropped: list[str] = []
     for combination in itertools.product(*choices):

@@ -229,6 +229,10 @@ def _training(facts: Facts) -> list[Any]:
     ]
     rows += [["optimiser", f"{optimizer['name']}, learning rate {optimizer['lr']:g}, {optimizer['lr_scheduler_type']}"]]
     rows += [["micro-batch", f"{size} x {trainer['accumulate_grad_batches']} accumulated"]]
+    taught = facts.config.get("distillation") or {}
+    if taught.get("teacher") and taught.get("weight"):
+        how = f"temperature {taught['temperature']:g}, weight {taught['weight']:g}"
+        rows += [["teacher", f"its label probabilities beside the true labels, {how}"]]
     rows += [["seed", str(facts.config["seed"])]]
     if facts.environment:
         versions = facts.environment["versions"]

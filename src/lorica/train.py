@@ -27,9 +27,10 @@ from lightning.pytorch import Callback, Trainer, seed_everything  # noqa: E402
 from lightning.pytorch.callbacks import EarlyStopping  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 
-from lorica import (  # noqa: E402  # noqa: E402
+from lorica import (  # noqa: E402
     accumulation,
     checkpoints,
+    distillation,
     evaluation,
     fingerprint,
     hardware,
@@ -54,6 +55,7 @@ from lorica.models.causal_lm import CausalLMModule  # noqa: E402
 from lorica.models.loaded import Loaded, Prepared, load, prepare  # noqa: E402
 from lorica.models.module import LoricaModule  # noqa: E402
 from lorica.models.sequence_classifier import SequenceClassifierModule  # noqa: E402
+from lorica.models.soft_labels import SoftLabels  # noqa: E402
 
 EVAL_TOKENS_FACTOR = 4  # evaluation keeps no activations: its batches may be larger
 
@@ -72,6 +74,8 @@ class Run:
     besides: Sequence[Callback]
     notes: list[str] = field(default_factory=list)
     reported: bool = False  # the folder holds a data report that the run was refused by
+    teacher: distillation.Teacher | None = None
+    lesson: distillation.Lesson | None = None
 
     @property
     def weights(self) -> Path:
@@ -112,6 +116,7 @@ def run(config: TrainConfig, besides: Sequence[Callback] = ()) -> int:
             one.release()
         os.environ.pop("LORICA_RUN", None)
         os.environ.pop("LORICA_REPORT", None)
+        os.environ.pop("LORICA_TEACHER", None)
 
 
 def _begin(config: TrainConfig, held: list[Held]) -> tuple[str, str | None, bool, list[str]]:
@@ -177,12 +182,14 @@ def _train(run: Run) -> int:
     if config.data.report_only:
         _look_at_data(run, data)
         return 0
+    taught_by = _find_teacher(run, data, began)
     machine = hardware.choose(config.trainer, began.get("precision"))
     run.notes += machine.notes
     if config.trainer.fp8:
         hardware.check_fp8(machine)
     prepared = _look_at_data(run, data)
     data.leave_out_unsupervised()
+    _ask_teacher(run, data, machine)
     loaded = load(config, data, machine, prepared)
     batching = _batching(run, data, loaded, machine)
     data.connect(batching)
@@ -191,7 +198,7 @@ def _train(run: Run) -> int:
     base = fingerprint.of_base(loaded.base.path, loaded.base.revision)
     made_for = {
         "configuration": asked,
-        "found": {**fingerprint.of_data(data), **fingerprint.of_machine(machine, compiled, base)},
+        "found": {**fingerprint.of_data(data), **fingerprint.of_machine(machine, compiled, base), **taught_by},
         "versions": fingerprint.versions(),
     }
     if state is not None:
@@ -248,12 +255,51 @@ def _train(run: Run) -> int:
     figures["train/skipped_steps"] = float(module.skipping.skipped)
     figures["model/trainable"], figures["model/weights"] = map(float, adapters.count(loaded.model))
     figures["memory/peak_gib"] = hardware.peak_memory_gib(machine.device)
+    if run.lesson is not None:
+        figures["time/teacher_seconds"] = run.lesson.seconds
     figures["time/total_seconds"] = time.perf_counter() - started
     _finish(run, data, parts, figures, predictions)
     screen.table(f"{config.data.name} with {config.model.name}", summary.closing_rows(figures))
     screen.print(f"run folder  {run.folder}")
     screen.print(f"next        {summary.next_command(run.folder, data)}")
     return 0
+
+
+def _find_teacher(run: Run, data: LoricaDataModule, began: dict[str, str]) -> dict[str, str]:
+    """Set the run's teacher where it has one; what the fingerprint says of it.
+
+    Args:
+        began: what a run that goes on began with.
+    Raises:
+        ConfigError: it can't be asked, or is another one.
+    """
+    asked = run.config.distillation
+    if asked.teacher is not None and asked.weight == 0:
+        run.notes.append("distillation.weight=0: the teacher is not asked")
+    elif asked.teacher is not None:
+        run.teacher = distillation.find(asked, data.labels or [])
+        if why := distillation.doubt(run.teacher, data):
+            run.notes.append(why)
+    found = {"teacher": f"sha256 {run.teacher.digest[:16]}" if run.teacher is not None else "none"}
+    fingerprint.check_same(run.folder, {name: began[name] for name in found if name in began}, found)
+    return found
+
+
+def _ask_teacher(run: Run, data: LoricaDataModule, machine: hardware.Machine) -> None:
+    """Give the data what the teacher says of its training rows. The first rank asks; the others find it on disk."""
+    teacher, trainer = run.teacher, run.config.trainer
+    if teacher is None:
+        return
+
+    def ask() -> None:
+        labels = data.labels or []
+        run.lesson = distillation.ask(teacher, data.splits.train, labels, machine.device, run.screen, trainer.enable_progress_bar)
+
+    launch.decided_once(ask, trainer.accelerator, "LORICA_TEACHER")
+    if run.lesson is None:
+        ask()
+    assert run.lesson is not None
+    data.teacher_scores = run.lesson.scores
 
 
 def _drill(run: Run, module: LoricaModule, data: LoricaDataModule, machine: hardware.Machine, trainer: Trainer) -> int:
@@ -363,6 +409,9 @@ def _assemble(
     cls = CausalLMModule if config.model.task == "causal_lm" else SequenceClassifierModule
     scaled = machine.precision == "16-mixed"
     module = cls(loaded.model, config.optimizer, plan.steps, fused=not (scaled and t.gradient_clip_val is not None))
+    if data.teacher_scores is not None:
+        assert isinstance(module, SequenceClassifierModule)
+        module.soft = SoftLabels(config.distillation.temperature, config.distillation.weight)
     has_validation = bool(data.eval_rows["validation"])
     throughput = cb.Throughput(hardware.energy_meter(machine.device))
     record = cb.RecordLoss(throughput, t.log_every_n_steps, plan.steps, plan.epoch_at)
@@ -439,7 +488,11 @@ def _assemble(
 def _announce(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine) -> None:
     """What will run, on the screen, before it does."""
     where = str(run.folder) + (f", resumed at micro-step {data.resume_at}" if run.resume_from else "")
-    run.screen.facts("lorica train", [("run", where), *summary.plan_facts(run.config, data, loaded, machine)])
+    facts = summary.plan_facts(run.config, data, loaded, machine)
+    if run.teacher is not None:
+        asked = run.config.distillation
+        facts.append(("teacher", f"{run.teacher}, temperature {asked.temperature:g}, weight {asked.weight:g}; {run.lesson}"))
+    run.screen.facts("lorica train", [("run", where), *facts])
     for note in [*run.notes, *summary.plan_notes(run.config, data, loaded, machine)]:
         run.screen.note(note)
 

@@ -47,6 +47,8 @@ def choose(rows: Path, **groups: str) -> list[str]:
 
 
 def compose(*args: str) -> TrainConfig:
+    if "experiment=distill_sentiment" in args:
+        args = (*args, f"distillation.teacher={Path(__file__).parent}")
     config = composition.compose("train", args)
     assert isinstance(config, TrainConfig)
     return config
@@ -125,6 +127,14 @@ def test_every_debug_goes_with_every_model_and_logger(debug: str) -> None:
             assert (config.trainer.tokens_per_batch, config.trainer.accumulate_grad_batches) == (None, 1)
     for logger in OPTIONS["logger"]:
         assert compose(f"logger={logger}", f"debug={debug}").logger.name == logger
+
+
+def test_a_teacher_is_the_folder_that_a_link_names_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "latest").symlink_to("run")
+    assert compose("data=sentiment", "distillation.teacher=latest").distillation.teacher == str(tmp_path / "run")
+    assert compose("data=sentiment", "distillation.teacher=run").distillation.teacher == "run"
 
 
 def test_the_shipped_default_needs_nothing_from_outside() -> None:

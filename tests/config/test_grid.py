@@ -45,6 +45,16 @@ def test_every_combination_is_planned_once_in_order() -> None:
     assert dropped == []
 
 
+def test_a_teacher_behind_a_link_that_the_grid_will_move_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "latest").symlink_to("run")
+    for line in (f"distillation.teacher={tmp_path / 'latest'}", f"distillation.teacher=null,{tmp_path / 'latest'}"):
+        with pytest.raises(ConfigError, match="points elsewhere") as e:
+            plan_cells(["data=sentiment", "seed=1,2", line], compose)
+        assert e.value.fix == f"distillation.teacher={tmp_path / 'run'}"
+    assert len(plan_cells(["data=sentiment", "seed=1,2", e.value.fix], compose)[0]) == 2
+
+
 def test_a_swept_key_of_a_group_that_is_given_before_it_applies() -> None:
     given = ["model=mistral_lora", "data=sentiment", "model.quantization={bnb_4bit_quant_type: nf4}"]
     cells, dropped = plan_cells([*given, "model.quantization.bnb_4bit_use_double_quant=true,false"], compose)

@@ -139,6 +139,24 @@ MISTAKES = {
 
 # Less common ones, in this process only.
 MORE_MISTAKES = {
+    "teacher that a recipe needs": wrong(
+        "experiment=distill_sentiment",
+        "distillation.teacher: must be given",
+        "try: python train.py model=mistral_qlora data=sentiment run_dir=outputs/teacher",
+        "then: python train.py experiment=distill_sentiment distillation.teacher=outputs/teacher",
+    ),
+    "teacher that is not there": wrong(
+        "data=sentiment | distillation.teacher=outputs/2026-01-02",
+        "distillation.teacher=outputs/2026-01-02: there is no such folder; did you mean outputs/2026-01-01?",
+        "run_dir=outputs/2026-01-02",
+    ),
+    "temperature without a teacher": wrong("distillation.temperature=3", "distillation.temperature=3.0: there is no teacher"),
+    "teacher of words": wrong(
+        "model=mistral_qlora | data=sentiment | distillation.teacher=outputs/2026-01-01",
+        "distillation.teacher=outputs/2026-01-01: teaches a classifier",
+        "try: model=minilm_lora",
+    ),
+    "more soft labels than there are": wrong("distillation.weight=1.5", "distillation.weight=1.5: must be at most 1"),
     "text and input": wrong(
         "run=outputs/2026-01-01 | text=hi | input=data/reviews.csv", "text=hi: give one text or one input file", verb="predict"
     ),

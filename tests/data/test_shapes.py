@@ -174,6 +174,26 @@ def test_all_batches_of_a_plan_have_the_shapes_sizes(tiny_mistral: Path, causal:
     assert met == {sizes(batch) for batch in tried}, "training meets a size that was not tried before, or not all that were"
 
 
+@pytest.mark.parametrize(("plan", "ranks"), [({"tokens_per_batch": 512, "accumulate": 4}, 1), ({"batch_size": 1}, 4)])
+def test_a_teachers_scores_go_with_their_rows(tiny_mistral: Path, plan: dict[str, Any], ranks: int) -> None:
+    """In filled batches, in parts of one, on ranks that run a row for company, and in the batches that are tried first."""
+    met = 0
+    for rank in range(ranks):
+        data = planned(tiny_mistral, False, rank, ranks, **plan)
+        scores = data.teacher_scores = torch.arange(1.0, 2 * len(data.train_rows) + 1).view(-1, 2)
+        data.fill_batches()
+        for batch in (*data.train_dataloader(), *data.largest_batches()):
+            rows = batch["rows"] or [0]
+            assert batch["teacher"].shape == (*batch["labels"].shape, 2)
+            assert torch.equal(batch["teacher"][: len(rows)], scores[rows])
+            assert not batch["teacher"][len(rows) :].any() and (batch["labels"][len(rows) :] == IGNORE).all()
+            for part in data.parts_of(batch, 2) if batch["rows"] else []:
+                assert torch.equal(part["teacher"], scores[part["rows"]])
+            met += len(batch["rows"])
+        assert "teacher" not in next(iter(data.val_dataloader()))
+    assert met >= len(data.train_rows)
+
+
 def test_without_shapes_only_the_largest_batch_is_tried(tiny_mistral: Path) -> None:
     data = planned(tiny_mistral, False, 0, 1, tokens_per_batch=512)
     (tried,) = data.largest_batches()

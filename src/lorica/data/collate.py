@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from lorica.data.encoding import IGNORE, Candidates, Encoded
 from lorica.data.shapes import Shape
@@ -67,6 +68,8 @@ def fill(batch: dict[str, Any], shape: Shape, pad_id: int) -> dict[str, Any]:
     for name, value in (("predict_at", 0), ("targets", IGNORE), ("labels", IGNORE)):
         if name in batch:
             batch[name] = torch.cat([batch[name], torch.full((shape.targets - len(batch[name]),), value)])
+    if "teacher" in batch:
+        batch["teacher"] = F.pad(batch["teacher"], (0, 0, 0, shape.targets - len(batch["teacher"])))
     return batch
 
 

@@ -64,6 +64,7 @@ class LoricaDataModule(LightningDataModule):
         self.parts = 1  # that a micro-batch is known to need, for the GPU's memory
         self.resume_at = 0  # the micro-step that training starts from
         self.shapes: list[Shape] = []  # sizes that training batches are filled up to, smallest first; none: they stay as they are
+        self.teacher_scores: torch.Tensor | None = None  # a teacher's log-probabilities, fp32 [training rows, labels]
         self._splits: Splits | None = None
 
     # --------------------------------------------------------------------------------------------------------- reading
@@ -212,7 +213,10 @@ class LoricaDataModule(LightningDataModule):
 
     def batch_of(self, rows: Sequence[int]) -> dict[str, Any]:
         """Training rows as one batch, whatever the plan makes of them."""
-        return self._collate([self.train_rows[row] for row in rows])
+        batch = self._collate([self.train_rows[row] for row in rows])
+        if self.teacher_scores is not None:
+            batch["teacher"] = self.teacher_scores[list(rows)]
+        return batch
 
     def fill_batches(self) -> None:
         """Let training batches, which must be flat, have few sizes."""
@@ -266,7 +270,7 @@ class LoricaDataModule(LightningDataModule):
         b = self.batching
         chosen = [self.train_rows[r] for r in rows]
         ghost = not chosen  # this rank has no rows in this micro-step: it runs row 0 with weight 0, so that ranks stay in step
-        batch = self._collate(chosen or [self.train_rows[0]])
+        batch = self.batch_of(rows or [0])
         if self.shapes:
             batch = fill(batch, self._shape(batch["input_ids"].shape[1]), b.pad_id)
         batch["weight"] = 0.0 if ghost else b.world_size * b.plan.get("accumulate", 1) / window_supervised
@@ -284,7 +288,7 @@ class LoricaDataModule(LightningDataModule):
         rows: list[int] = batch["rows"]
         found = []
         for chosen in [rows[i::parts] for i in range(min(parts, len(rows)))] or [rows]:
-            part = self._collate([self.train_rows[r] for r in chosen or [0]])
+            part = self.batch_of(chosen or [0])
             supervised = sum(self.train_rows[r].supervised for r in chosen)
             found.append({**part, "weight": batch["weight"], "count": {**batch["count"], "supervised": supervised}, "rows": chosen})
         return found

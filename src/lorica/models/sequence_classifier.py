@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from lorica.kernels import attention
 from lorica.models.module import LoricaModule, flat_inputs
+from lorica.models.soft_labels import SoftLabels
 
 _FIRST_TOKEN = ("roberta", "xlm-roberta", "camembert")  # their heads read the first token's features; positions begin after padding_idx
 
@@ -33,7 +34,12 @@ def takes_flat(config: Any, task: str) -> bool:
 
 
 class SequenceClassifierModule(LoricaModule):
-    """Cross-entropy over classes; batches are `collate_classifier`'s, flat or padded, with labels [B]."""
+    """Cross-entropy over classes; batches are `collate_classifier`'s, flat or padded, with labels [B].
+
+    With `soft`, training batches also have `teacher`, its log-probabilities fp32 [B, classes], which are learnt beside the labels.
+    """
+
+    soft: SoftLabels | None = None
 
     def logits(self, batch: dict[str, Any]) -> torch.Tensor:
         """[B, classes] in fp32."""
@@ -59,6 +65,8 @@ class SequenceClassifierModule(LoricaModule):
         return logits
 
     def loss_sum(self, batch: dict[str, Any]) -> torch.Tensor:
+        if self.soft is not None:
+            return self.soft.loss_sum(self.logits(batch), batch["labels"], batch["teacher"])
         return F.cross_entropy(self.logits(batch), batch["labels"], reduction="sum")
 
     def evaluate(self, batch: dict[str, Any]) -> dict[str, Any]:
