@@ -258,6 +258,8 @@ def _check_pair(config: TrainConfig) -> None:
             f"is a classifier, and data={config.data.name} has no labels",
             "data=sentiment, or model=mistral_qlora",
         )
+    if config.model.task == "sequence_classification" and isinstance(config.data, ClassificationDataConfig) and config.data.shots:
+        raise NotApplicable("data.shots", config.data.shots, "is for causal models; a classifier reads the text alone", "data.shots=0")
 
 
 def _check_batch(config: TrainConfig) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lorica.comparison import Compared
 
 COMPARISONS = Path("outputs") / "compare"
-UNTUNED = "_untuned"
+UNTUNED, FEW_SHOT = "_untuned", "_fewshot"
 KINDS = ("", "_lora", "_qlora", "_full")  # what `NAME_untuned` may stand for: the base is the same
 WARM = 3  # answers before the first that is timed
 
@@ -102,7 +102,7 @@ def plan(
         entries.append(Entry(name if names[name] == 1 else f"{name} ({names[name]})", run, cell))
 
     for model in config.models:
-        chosen = _overrides(model, options)
+        chosen = _overrides(model, options, config.shots)
         cell = Cell((*overrides, *chosen), tuple(chosen))
         settings = compose(list(cell.overrides))
         if settings.data.report_only or settings.drill:
@@ -116,18 +116,17 @@ def plan(
     return folder, entries
 
 
-def _overrides(model: str, options: Sequence[str]) -> list[str]:
+def _overrides(model: str, options: Sequence[str], shots: int) -> list[str]:
     """What trains, or only tests, a model by its name in a comparison."""
     if model in options:
         return [f"model={model}"]
-    if model.endswith(UNTUNED):
-        base = next((base for kind in KINDS if (base := model.removesuffix(UNTUNED) + kind) in options), None)
-        if base is not None:
-            return [f"model={base}", "trainer.max_steps=0"]
-    near = nearest(model, [*options, *(f"{option}{UNTUNED}" for option in options)])
-    raise ConfigError(
-        "models", model, f"must be of {', '.join(options)}, each with {UNTUNED} or without", f"models=[{near or options[0]},...]"
-    )
+    for ending, more in ((UNTUNED, []), (FEW_SHOT, [f"data.shots={shots}"])):
+        base = next((base for kind in KINDS if (base := model.removesuffix(ending) + kind) in options), None)
+        if model.endswith(ending) and base is not None:
+            return [f"model={base}", "trainer.max_steps=0", *more]
+    near = nearest(model, [f"{option}{ending}" for option in options for ending in ("", UNTUNED, FEW_SHOT)])
+    rule = f"must be of {', '.join(options)}, as they are or with {UNTUNED} or {FEW_SHOT} behind"
+    raise ConfigError("models", model, rule, f"models=[{near or options[0]},...]")
 
 
 def _report(screen: Screen, config: CompareConfig, settings: TrainConfig, entries: Sequence[Entry], before: Path) -> dict[str, Any]:

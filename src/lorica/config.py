@@ -199,6 +199,13 @@ class ClassificationDataConfig(DataConfig):
         None, "how each of data.labels is written in the file; null: as in data.labels, or its number from 0"
     )
     prompt_template: str = key("Text: {text}\nLabel:", "what a causal model is asked; must contain {text}, and may contain {labels}")
+    shots: int = key(
+        0,
+        "training rows shown with their labels before each question to a causal model, of all labels in turn; they stand in lorica.json then",
+        unit="examples",
+        low=0,
+        high=64,
+    )
 
 
 @dataclass
@@ -492,9 +499,13 @@ class PushConfig:
 class CompareConfig:
     """`lorica compare`. Every other key and group is one of train's, and holds for all models."""
 
-    models: list[str] = key(list, "options of the group model, each trained; NAME_untuned: NAME's base with nothing trained")
+    models: list[str] = key(
+        list,
+        "options of the group model, each trained; NAME_untuned: NAME's base with nothing trained; NAME_fewshot: shown `shots` examples besides",
+    )
     runs: list[str] = key(list, "finished run folders, put beside them")
     output: str | None = key(None, "folder for the report; null: that of the comparison's runs, under outputs/compare")
+    shots: int = key(4, "data.shots of the models that are named NAME_fewshot", unit="examples", low=1, high=64)
     latency_rows: int = key(
         30, "test rows that each model answers one by one, so that an answer is timed; 0: none is", unit="examples", low=0, high=10_000
     )

@@ -14,7 +14,7 @@ from lorica import comparison_pages, composition
 from lorica.cells import Cell
 from lorica.charts import Axis, Point, lines, points
 from lorica.compare import Entry, plan
-from lorica.config import CompareConfig, ConfigError
+from lorica.config import CompareConfig, ConfigError, NotApplicable
 
 Lorica = Callable[..., tuple[int, str]]
 OPTIONS = ["minilm_full", "minilm_lora", "roberta_qlora", "tiny_mistral_qlora"]
@@ -43,6 +43,14 @@ def test_a_model_is_trained_with_what_was_typed_and_an_untuned_one_is_not(tmp_pa
     assert cells[1] is not None and cells[1].varied == ("model=minilm_lora", "trainer.max_steps=0")
     assert cells[2] is not None and "model=roberta_qlora" in cells[2].varied
     assert len({e.run for e in entries}) == 4 and all(folder in e.run.parents for e in entries[:4])
+
+
+def test_a_few_shot_model_is_shown_rows_and_not_trained() -> None:
+    (_, entries) = planned(["tiny_mistral_fewshot", "tiny_mistral_qlora_untuned"])
+    assert entries[0].cell is not None
+    assert entries[0].cell.varied == ("model=tiny_mistral_qlora", "trainer.max_steps=0", "data.shots=4")
+    with pytest.raises(NotApplicable, match="causal"):
+        planned(["minilm_fewshot", "minilm_untuned"])
 
 
 def test_another_model_of_the_same_comparison_trains_no_other_again() -> None:

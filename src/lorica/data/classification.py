@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 from typing import Any
 
+import numpy as np
+
 from lorica.config import ClassificationDataConfig, ConfigError
-from lorica.data.examples import Example
+from lorica.data.examples import SPLITS, Example
 from lorica.data.module import BadRow, LoricaDataModule
 from lorica.data.readers import Row
 
@@ -18,12 +22,48 @@ class ClassificationData(LoricaDataModule):
     """`data=classification`. After `load()`, `labels` holds the class names in the order of their numbers."""
 
     config: ClassificationDataConfig
+    _template: str | None = None  # with the rows that are shown before each question
 
     def columns(self) -> dict[str, str]:
         return {"data.text_column": self.config.text_column, "data.label_column": self.config.label_column}
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "classification", "text_column": self.config.text_column, "prompt_template": self.config.prompt_template}
+        return {"kind": "classification", "text_column": self.config.text_column, "prompt_template": self.template}
+
+    @property
+    def template(self) -> str:
+        """What a causal model is asked, with the rows that it is shown first."""
+        return self._template or self.config.prompt_template
+
+    def load(self) -> None:
+        if self._splits is not None:
+            return
+        super().load()
+        if self.config.shots:
+            self._template = self._shown() + self.config.prompt_template
+            for name in SPLITS:
+                of_split = getattr(self._splits, name)
+                of_split[:] = [dataclasses.replace(e, prompt=self.ask(e.text)) for e in of_split]
+
+    def _shown(self) -> str:
+        """Training rows with their labels, drawn by the seed: of each label in turn, of its shorter half.
+
+        Raises:
+            ConfigError: there are too few.
+        """
+        assert self._splits is not None and self.labels is not None
+        rng = np.random.default_rng([self.seed, self.config.shots])
+        drawn: list[list[Example]] = []
+        for label in range(len(self.labels)):
+            own = sorted((e for e in self._splits.train if e.label == label and "{" not in e.text), key=lambda e: len(e.text))
+            half = own[: -(-len(own) // 2)]
+            drawn.append([half[i] for i in rng.permutation(len(half))])
+        turns = [row for turn in itertools.zip_longest(*drawn) for row in turn if row is not None][: self.config.shots]
+        if len(turns) < self.config.shots:
+            raise ConfigError(
+                "data.shots", self.config.shots, f"training has {len(turns)} rows short enough to be shown", f"data.shots={len(turns)}"
+            )
+        return "".join(f"{self.ask(row.text)} {self.labels[row.label or 0]}\n\n" for row in turns)
 
     def prepare_rows(self, rows: dict[str, list[Row]]) -> None:
         """Number the labels: those given, or the distinct values of training, sorted."""
@@ -77,7 +117,7 @@ class ClassificationData(LoricaDataModule):
 
     def ask(self, text: str) -> str:
         """The question a causal model is asked about a text."""
-        return fill_prompt(self.config.prompt_template, text, self.labels or [])
+        return fill_prompt(self.template, text, self.labels or [])
 
 
 def fill_prompt(template: str, text: str, labels: list[str]) -> str:
