@@ -15,7 +15,7 @@ from lorica.config import VERBS, ConfigError
 from lorica.secrets import redact
 
 FLAGS = ("help", "multirun", "cfg", "config-dir")
-RUNNERS = {"train": "lorica.train", "predict": "lorica.predict", "merge": "lorica.export"}
+RUNNERS = {"train": "lorica.train", "predict": "lorica.predict", "merge": "lorica.export", "export": "lorica.exports.runner"}
 USAGE = f"""usage: lorica VERB [group=option ...] [key=value ...]
 verbs: {", ".join(VERBS)}
 lorica VERB --help lists the groups and keys of a verb; --cfg job shows what would run."""

@@ -34,7 +34,11 @@ from lorica.states import last_state
 
 OPTIONAL_GROUPS = ("experiment", "debug")  # null unless chosen
 # Sentences, paths and names, taken as they are typed: Hydra's grammar would stumble over their commas, apostrophes and umlauts.
-VERBATIM = {"predict": ("text", "run", "input", "output", "text_column", "base"), "merge": ("run", "output", "base", "sample")}
+VERBATIM = {
+    "predict": ("text", "run", "input", "output", "text_column", "base"),
+    "merge": ("run", "output", "base", "sample"),
+    "export": ("run", "format", "base", "sample", "llama_cpp"),
+}
 NEVER_NULL = ("text", "run")  # `text=null` asks about the word
 
 
