@@ -35,7 +35,7 @@ DATA_ENDINGS = (".csv", ".jsonl", ".json", ".parquet")
 EXTRAS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "torchao": ("torchao",),
-    "gguf": ("llama_cpp",),
+    "gguf": ("llama_cpp", "sentencepiece"),
     "gptq": ("gptqmodel",),
 }
 ANSWERED_ENDINGS = (".csv", ".jsonl", ".parquet")  # of files that are read and written row by row

@@ -119,7 +119,7 @@ def heads(rungs: Sequence[Rung]) -> list[str]:
     """Of the table."""
     metric = next((rung.metric for rung in rungs if rung.metric), "metric")
     both = any(rung.rows and rung.rows != rung.positions for rung in rungs)
-    agreement = "same label / token" if both else "agreement"
+    agreement = "label / token" if both else "agreement"
     return ["", metric, agreement, "mean KL", "size, MB", "load, s", "p50 / p95, ms", "tokens/s", "peak, MiB"]
 
 

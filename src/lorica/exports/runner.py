@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from lorica.checks import export_formats
@@ -285,7 +286,7 @@ def _show(job: Job, rungs: list[Rung]) -> None:
     """The ladder on the screen, and in ladder.json and ladder.md."""
     rows = job.questions
     about = [f"{len(rows.rows)} rows ({rows.origin}), read one at a time on {_machine()}; each model in a process of its own."]
-    table = Table(title="export ladder", title_justify="left")
+    table = Table(title="export ladder", title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     for i, head in enumerate(heads(rungs)):
         table.add_column(head, justify="right" if i else "left", no_wrap=True)
     for rung in rungs:
