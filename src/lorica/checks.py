@@ -36,7 +36,7 @@ EXTRAS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "torchao": ("torchao",),
     "gguf": ("llama_cpp", "sentencepiece"),
-    "gptq": ("gptqmodel",),
+    "gptq": ("gptqmodel", "optimum"),
 }
 ANSWERED_ENDINGS = (".csv", ".jsonl", ".parquet")  # of files that are read and written row by row
 
