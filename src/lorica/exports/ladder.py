@@ -120,7 +120,7 @@ def heads(rungs: Sequence[Rung]) -> list[str]:
     metric = next((rung.metric for rung in rungs if rung.metric), "metric")
     both = any(rung.rows and rung.rows != rung.positions for rung in rungs)
     agreement = "label / token" if both else "agreement"
-    return ["", metric, agreement, "mean KL", "size, MB", "load, s", "p50 / p95, ms", "tokens/s", "peak, MiB"]
+    return ["", metric, agreement, "mean KL", "MB", "load, s", "p50 / p95, ms", "tokens/s", "peak, MiB"]
 
 
 def cells(rung: Rung) -> list[str]:
@@ -139,10 +139,14 @@ def cells(rung: Rung) -> list[str]:
         "" if rung.kl is None else f"{rung.kl:.1e}",
         f"{rung.size_bytes / 1e6:,.1f}",
         f"{rung.load_seconds:.1f}",
-        f"{rung.latency_p50_ms:.1f} / {rung.latency_p95_ms:.1f}",
+        f"{_short(rung.latency_p50_ms)} / {_short(rung.latency_p95_ms)}",
         f"{rung.tokens_per_second:,.0f}",
         f"{rung.peak_memory_bytes / 2**20:,.0f}",
     ]
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def markdown(rungs: Sequence[Rung], about: Sequence[str]) -> str:

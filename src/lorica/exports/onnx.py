@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ class Onnx(Format):
         if variant == "int8":
             _quantize(whole, folder / FILE)
         else:
-            (folder / FILE).write_bytes(whole.read_bytes())
+            shutil.copy(whole, folder / FILE)
         source.write_asking(folder)
         return {"opset": OPSET, "inputs": list(INPUTS), "output": "logits"}
 
