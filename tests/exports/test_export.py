@@ -4,12 +4,15 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lorica.checks import EXTRAS
+from lorica.config import ConfigError
+from lorica.exports import formats, runner
 from lorica.models import merging
 
 Lorica = Callable[..., tuple[int, str]]
@@ -61,14 +64,14 @@ def _flip(file: Path) -> None:
 
 
 def test_an_extra_that_is_not_installed_is_named_before_anything_is_read(
-    encoder: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in EXTRAS:
         monkeypatch.setitem(EXTRAS, name, ("lorica_has_no_such_package",))
-        code, printed = lorica("export", f"run={encoder}", f"format=safetensors,{name}")
+        code, printed = lorica("export", f"run={tmp_path}", f"format=safetensors,{name}")
         assert code == 2 and f"format={name}: needs lorica_has_no_such_package" in printed, printed
         assert f"pip install 'lorica[{name}]'" in printed
-    assert not (encoder / "exports").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_extra_is_one_of_the_package() -> None:
@@ -92,17 +95,26 @@ def test_every_extra_is_one_of_the_package() -> None:
         (["format=safetensors", "min_agreement=1.5"], "min_agreement=1.5: must be at most 1"),
     ],
 )
-def test_mistakes_are_one_line(arguments: list[str], said: str, encoder: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_one_line(arguments: list[str], said: str, tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorica.checks.EXTRAS", {})
-    code, printed = lorica("export", f"run={encoder}", *arguments)
+    code, printed = lorica("export", f"run={tmp_path}", *arguments)
     assert code == 2 and said in printed, printed
 
 
-def test_a_format_without_such_models_is_refused(encoder: Path, causal: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorica.checks.EXTRAS", {})
-    for run, name, kind in ((encoder, "gguf", "classifiers"), (encoder, "gptq", "classifiers"), (causal, "onnx", "causal models")):
-        code, printed = lorica("export", f"run={run}", f"format={name}")
-        assert code == 2 and f"format={name}: is not written for {kind}" in printed, printed
+@pytest.mark.parametrize(
+    ("task", "name", "said"),
+    [
+        ("sequence_classification", "gguf", "is not written for classifiers"),
+        ("sequence_classification", "gptq", "is not written for classifiers"),
+        ("causal_lm", "onnx", "is not written for causal models"),
+    ],
+)
+def test_a_format_without_such_models_is_refused(task: str, name: str, said: str) -> None:
+    opened: Any = SimpleNamespace(task={"task": task})
+    with pytest.raises(ConfigError, match=said):
+        runner._check_task(name, formats.find(name), opened)
+    for other in ("safetensors", "torchao"):
+        runner._check_task(other, formats.find(other), opened)
 
 
 # ----------------------------------------------------------------------------------------------------------- the ladder
