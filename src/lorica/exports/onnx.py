@@ -81,7 +81,7 @@ def _export(source: Source, file: Path) -> None:
     try:
         with torch.inference_mode(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             torch.onnx.export(
-                _only_logits(model),
+                _only_logits(model).eval(),
                 (),
                 str(file),
                 kwargs=example,
