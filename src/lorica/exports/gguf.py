@@ -51,6 +51,7 @@ class Gguf(Format):
             _convert(converter, rule, plain, whole, "--outtype", kind)
             (source.work / "rule").write_text(rule)
         run_module("gguf", "llama.cpp's quantiser", ["lorica.exports.gguf", str(whole), str(folder / FILE), variant])
+        source.write_asking(folder)
         return {
             "converter": f"llama-cpp-python {VERSION}" if config.llama_cpp is None else str(converter),
             "converter_sha256": sha256(converter / NEEDED[0]),
