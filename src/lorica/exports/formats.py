@@ -105,20 +105,21 @@ def check_intact(folder: Path, fix: str = "again=true, to write it again") -> No
 
 def module_command(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """(command, environment) that run a module of this very package, wherever it lies, in a process of its own."""
-    place = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    known = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]  # from another folder, too
+    place = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *known])
     return [sys.executable, "-m", *arguments], {**os.environ, "PYTHONPATH": place}
 
 
-def run_module(name: str, what: str, arguments: Sequence[str]) -> str:
+def run_module(name: str, what: str, arguments: Sequence[str], folder: Path | None = None) -> str:
     """What a module prints, run in a process of its own.
 
     Args:
-        name: of the format. what: does the work, in words.
+        name: of the format. what: does the work, in words. folder: to work in; None: this one.
     Raises:
         ConfigError: it failed; its last line is said.
     """
     command, environment = module_command(arguments)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1][:300]
         raise ConfigError("format", name, f"{what} failed: {said}", "another format")

@@ -32,7 +32,8 @@ class Gptq(Format):
         rows, bits = source.training_rows(config.calibration_rows), variant.removeprefix("int")
         file = source.work / "calibration.json"
         file.write_text(json.dumps(rows))
-        run_module("gptq", "gptqmodel", ["lorica.exports.gptq", str(source.plain()), str(folder), bits, str(file)])
+        what = ["lorica.exports.gptq", str(source.plain()), str(folder), bits, str(file)]
+        run_module("gptq", "gptqmodel", what, source.work)  # which keeps logs where it works
         source.write_asking(folder)
         return {"bits": int(bits), "group": GROUP, "calibration_rows": len(rows), "calibration_tokens": sum(map(len, rows))}
 

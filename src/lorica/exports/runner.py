@@ -201,7 +201,8 @@ def _measure(job: Job, home: Path, name: str, folder: Path, variant: str) -> dic
     write_json(home / "request.json", {"format": name, "folder": str(folder), "variant": variant})
     job.questions.write(home / "questions.json")
     command, environment = formats.module_command(["lorica.exports.reading", str(home)])
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+    place = None if name == ORIGINAL else home  # runtimes leave logs where they work; a base may be named from here
+    done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, errors="replace", check=False)
     file = home / "measured.json"
     measured: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     if "error" in measured:
