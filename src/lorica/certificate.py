@@ -149,6 +149,16 @@ def _from_predictions(task: dict[str, Any], row: dict[str, Any]) -> Example | No
 # --------------------------------------------------------------------------------------------------------------- measure
 
 
+def encoded(encoder: ClassifierEncoder | CausalEncoder, example: Example) -> Encoded:
+    """A row with its answer, or what the model reads before it answers."""
+    if isinstance(encoder, CausalEncoder):
+        answer = example.messages[-1].content if example.messages else example.completion
+        if example.label is None and not answer:
+            ids = encoder.prompt_ids(example)
+            return Encoded(ids, [IGNORE] * len(ids))
+    return encoder.encode([example], Truncation())[0]
+
+
 class Reader:
     """A model's logits on rows of a sample."""
 
@@ -158,15 +168,6 @@ class Reader:
         cls = SequenceClassifierModule if isinstance(self.encoder, ClassifierEncoder) else CausalLMModule
         self.module = cls(trained.model, OptimizerConfig(), 1).eval()
         self.pad_id = int(trained.tokenizer.pad_token_id)
-
-    def encode(self, example: Example) -> Encoded:
-        """A row with its answer, or what the model reads before it answers."""
-        if isinstance(self.encoder, CausalEncoder):
-            answer = example.messages[-1].content if example.messages else example.completion
-            if example.label is None and not answer:
-                ids = self.encoder.prompt_ids(example)
-                return Encoded(ids, [IGNORE] * len(ids))
-        return self.encoder.encode([example], Truncation())[0]
 
     def logits(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits fp32 [S, vocabulary or classes], what is right there, int64 [S], IGNORE where nothing is known), on the CPU."""
@@ -209,7 +210,7 @@ def measure(trained: Trained, rows: Sample, logits: Path, reference: bool, progr
     kl, largest, differing, positions, right, known = 0.0, 0.0, 0, 0, 0, 0
     for at in range(0, len(rows.examples), BATCH):
         examples = rows.examples[at : at + BATCH]
-        values, targets = reader.logits([reader.encode(e) for e in examples])
+        values, targets = reader.logits([encoded(reader.encoder, e) for e in examples])
         positions += len(values)
         answered = targets != IGNORE
         losses.append(F.cross_entropy(values[answered], targets[answered], reduction="none"))

@@ -8,16 +8,19 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lorica.config import (
     DATA_SCHEMAS,
+    EXPORTS,
     LOGGER_SCHEMAS,
     ClassificationDataConfig,
     ConfigError,
     DataConfig,
     DistillationConfig,
+    ExportConfig,
     InstructionDataConfig,
     LoggerConfig,
     MergeConfig,
@@ -30,6 +33,13 @@ from lorica.config import (
 )
 
 DATA_ENDINGS = (".csv", ".jsonl", ".json", ".parquet")
+# Packages that a format of `export` imports: those of the extra of the same name.
+EXTRAS = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "torchao": ("torchao",),
+    "gguf": ("llama_cpp", "sentencepiece"),
+    "gptq": ("gptqmodel", "optimum"),
+}
 ANSWERED_ENDINGS = (".csv", ".jsonl", ".parquet")  # of files that are read and written row by row
 
 # What a key of ours is called in transformers, PEFT, Lightning and everyday speech; told to those who type that.
@@ -139,6 +149,8 @@ def check(config: Any) -> None:
         _check_folder("run", config.run)
         if not re.fullmatch(REPOSITORY, config.repo):
             raise ConfigError("repo", repr(config.repo), "must be owner/name, of letters, digits, _, - and .", "repo=me/my-adapter")
+    elif isinstance(config, ExportConfig):
+        _check_export(config)
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -393,18 +405,67 @@ def _check_predict(config: PredictConfig) -> None:
 
 def _check_merge(config: MergeConfig) -> None:
     _check_folder("run", config.run)
-    if config.sample is not None:
-        path = Path(config.sample).expanduser()
-        if not path.is_file():
-            raise ConfigError("sample", config.sample, "there is no such file" + sibling(path))
-        if path.suffix.lower() not in (".csv", ".jsonl"):
-            raise ConfigError("sample", config.sample, "must end in .csv or .jsonl")
-        if config.certify_rows == 0:
-            raise ConfigError("sample", config.sample, "is read only where rows are compared", "certify_rows=64")
+    _check_sample(config.sample)
+    if config.sample is not None and config.certify_rows == 0:
+        raise ConfigError("sample", config.sample, "is read only where rows are compared", "certify_rows=64")
     if config.requantize and config.onto != "auto":
         raise ConfigError("requantize", True, "is for onto=auto", "onto=requantised, to write that")
     if config.requantize and config.certify_rows == 0:
         raise ConfigError("requantize", True, "is chosen by comparison, which certify_rows=0 leaves out", "onto=requantised, to write that")
+
+
+def _check_sample(sample: str | None) -> None:
+    if sample is None:
+        return
+    path = Path(sample).expanduser()
+    if not path.is_file():
+        raise ConfigError("sample", sample, "there is no such file" + sibling(path))
+    if path.suffix.lower() not in (".csv", ".jsonl"):
+        raise ConfigError("sample", sample, "must end in .csv or .jsonl")
+
+
+def _check_export(config: ExportConfig) -> None:
+    _check_folder("run", config.run)
+    _check_sample(config.sample)
+    formats = export_formats(config)
+    for name in EXPORTS:
+        chosen = getattr(config, name)
+        if name not in formats and chosen != getattr(ExportConfig(), name):
+            raise NotApplicable(name, chosen, f"is a key of format={name}", f"format={config.format},{name}")
+        if not chosen or len(set(chosen)) != len(chosen):
+            rule = f"needs one or more different ones of {', '.join(EXPORTS[name])}"
+            raise ConfigError(name, chosen, rule, f"{name}=[{EXPORTS[name][0]}]")
+        for variant in chosen:
+            if variant not in EXPORTS[name]:
+                near = nearest(variant, EXPORTS[name]) or EXPORTS[name][0]
+                raise ConfigError(name, variant, f"must be one of {', '.join(EXPORTS[name])}", f"{name}=[{near}]")
+    if config.llama_cpp is not None:
+        if "gguf" not in formats:
+            raise NotApplicable("llama_cpp", config.llama_cpp, "is a key of format=gguf", f"format={config.format},gguf")
+        _check_folder("llama_cpp", config.llama_cpp)
+        if not (Path(config.llama_cpp).expanduser() / "convert_hf_to_gguf.py").is_file():
+            raise ConfigError("llama_cpp", config.llama_cpp, "has no convert_hf_to_gguf.py", "llama_cpp=<a clone of llama.cpp>")
+    if "gptq" not in formats and config.calibration_rows != ExportConfig().calibration_rows:
+        raise NotApplicable("calibration_rows", config.calibration_rows, "is a key of format=gptq", f"format={config.format},gptq")
+    for name in formats:
+        if missing := [package for package in EXTRAS.get(name, ()) if find_spec(package) is None]:
+            raise ConfigError("format", name, f"needs {', '.join(missing)}, which this environment lacks", f"pip install 'lorica[{name}]'")
+
+
+def export_formats(config: ExportConfig) -> list[str]:
+    """The formats that were asked for, in order.
+
+    Raises:
+        ConfigError: one is unknown or named twice.
+    """
+    formats = [part.strip() for part in config.format.split(",")]
+    for name in formats:
+        if name not in EXPORTS:
+            near = nearest(name, EXPORTS) or next(iter(EXPORTS))
+            raise ConfigError("format", name or "''", f"must be one or more of {', '.join(EXPORTS)}, with commas between", f"format={near}")
+        if formats.count(name) > 1:
+            raise ConfigError("format", config.format, f"names {name} twice", f"format={','.join(dict.fromkeys(formats))}")
+    return formats
 
 
 def _check_folder(name: str, value: str, fix: str = "") -> None:

@@ -16,7 +16,13 @@ from lorica.config import VERBS, CompareConfig, ConfigError
 from lorica.secrets import redact
 
 FLAGS = ("help", "multirun", "cfg", "config-dir")
-RUNNERS = {"train": "lorica.train", "predict": "lorica.predict", "merge": "lorica.export", "push": "lorica.push"}
+RUNNERS = {
+    "train": "lorica.train",
+    "predict": "lorica.predict",
+    "merge": "lorica.export",
+    "export": "lorica.exports.runner",
+    "push": "lorica.push",
+}
 USAGE = f"""usage: lorica VERB [group=option ...] [key=value ...]
 verbs: {", ".join(VERBS)}
 lorica VERB --help lists the groups and keys of a verb; --cfg job shows what would run."""

@@ -37,6 +37,7 @@ OPTIONAL_GROUPS = ("experiment", "debug")  # null unless chosen
 VERBATIM = {
     "predict": ("text", "run", "input", "output", "text_column", "base"),
     "merge": ("run", "output", "base", "sample"),
+    "export": ("run", "format", "base", "sample", "llama_cpp"),
     "push": ("run", "repo"),
 }
 LICENCES = {

@@ -485,6 +485,54 @@ class MergeConfig:
     )
 
 
+# Formats of `export`, each with the variants that its key of the same name may list.
+EXPORTS: dict[str, tuple[str, ...]] = {
+    "safetensors": ("bfloat16", "float16", "float32"),
+    "onnx": ("float32", "int8"),
+    "torchao": ("int8", "int4"),
+    "gguf": ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K", "Q8_0", "Q4_0", "F16", "BF16", "F32"),
+    "gptq": ("int4", "int8"),
+}
+
+
+def variants(default: tuple[str, ...], meaning: str) -> Any:
+    """A field that lists variants of a format."""
+    return field(default_factory=lambda: list(default), metadata={"meaning": meaning})
+
+
+@dataclass
+class ExportConfig:
+    """`lorica export`."""
+
+    run: str = key("???", "run folder, adapter folder or merged model folder")
+    format: str = key(
+        "???",
+        "what to write, one or several with commas: safetensors, onnx (classifiers), torchao, gguf and gptq (causal models); each goes to "
+        "<run>/exports/<format>/<variant>/",
+    )
+    base: str | None = key(None, "load the base model from here instead of where it was at training time")
+    safetensors: list[str] = variants(("bfloat16",), "types of the weights: bfloat16, float16, float32")
+    onnx: list[str] = variants(("float32", "int8"), "float32, and int8: its matrices in 8 bits, activations quantised as they come")
+    torchao: list[str] = variants(("int8", "int4"), "bits of the weights: int8, and int4 (in groups of 32, for CPUs)")
+    gguf: list[str] = variants(("Q4_K_M",), "llama.cpp's names of quantisations: Q4_K_M, Q5_K_M, Q6_K, Q8_0, F16 ...")
+    gptq: list[str] = variants(("int4",), "bits of the weights: int4, int8")
+    sample: str | None = key(None, "csv or jsonl file to score on, with the columns of the training data; null: the run's own test rows")
+    certify_rows: int = key(64, "held-out rows that the original and every export read", unit="examples", low=1, high=100_000)
+    min_agreement: float = key(
+        0.8,
+        "an export is refused where a smaller share of the positions has the original's most likely token or class, or of the rows its "
+        "label; one may always differ",
+        low=0,
+        high=1,
+    )
+    calibration_rows: int = key(128, "training rows that gptq is calibrated on", unit="examples", low=8, high=100_000)
+    llama_cpp: str | None = key(
+        None,
+        "folder of llama.cpp with convert_hf_to_gguf.py; null: that of the pinned llama-cpp-python source package, fetched by pip once",
+    )
+    again: bool = key(False, "write formats again that are there already, made of the same weights with the same settings")
+
+
 @dataclass
 class PushConfig:
     """`lorica push`."""
@@ -517,6 +565,7 @@ VERBS: dict[str, type] = {
     "train": TrainConfig,
     "predict": PredictConfig,
     "merge": MergeConfig,
+    "export": ExportConfig,
     "compare": CompareConfig,
     "push": PushConfig,
 }

@@ -35,13 +35,13 @@ python train.py --help                                       # groups, flags, ke
 python predict.py run=outputs/latest text="Late goal wins the cup, 3-2"
 ```
 
-Values are written in Hydra's grammar, hence the quotes in quotes. `text` and the paths of `predict` and `merge` are taken as they are:
-commas, apostrophes and umlauts need the shell's quotes only.
+Values are written in Hydra's grammar, hence the quotes in quotes. `text`, `format` and the paths of
+`predict`, `merge` and `export` are taken as they are: commas, apostrophes and umlauts need the shell's quotes only.
 
-`lorica VERB ...` does the same where the package is installed; the verbs are `train`, `predict`, `merge`, `push` and `compare`. Groups and
-`-m` belong to `train`; `compare` takes its groups and keys too, for all of its models. Each combination of a grid is a process and a
-run folder of its own, under `outputs/grids/`; one that is finished is not run again, and a key is left out of combinations that have
-no use for it (`model.lora.r` with `model=minilm_full`).
+`lorica VERB ...` does the same where the package is installed; the verbs are `train`, `predict`, `merge`, `export`, `push` and
+`compare`. Groups and `-m` belong to `train`; `compare` takes its groups and keys too, for all of its models. Each combination of a
+grid is a process and a run folder of its own, under `outputs/grids/`; one that is finished is not run again, and a key is left out of
+combinations that have no use for it (`model.lora.r` with `model=minilm_full`).
 
 A later source wins: the schema's default, the YAML of the chosen groups, `experiment=`, `debug=`, the keys on the command line. A
 group named on the command line takes the place of the one that an experiment chooses, but the values that the experiment or

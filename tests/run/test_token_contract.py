@@ -120,14 +120,15 @@ def _kinds(kinds: dict[str, Any], fixture: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(("fixture", "change"), _kinds(TOKENS | WORDING, "causal") + _kinds(CLASSIFIER, "encoder"))
-def test_predict_and_merge_refuse_other_tokens(
+def test_predict_merge_and_export_refuse_other_tokens(
     fixture: str, change: Callable[[Path], None], request: pytest.FixtureRequest, tmp_path: Path, lorica: Lorica
 ) -> None:
     run = _copy(request.getfixturevalue(fixture)[1], tmp_path / "run")
     change(run / "adapter")
     _refused(lorica, "predict", f"run={run}", "text=hello")
     _refused(lorica, "merge", f"run={run}")
-    assert not (run / "merged").exists()
+    _refused(lorica, "export", f"run={run}", "format=safetensors")
+    assert not (run / "merged").exists() and not (run / "exports").exists()
 
 
 @pytest.mark.parametrize(("fixture", "change"), _kinds(TOKENS, "causal") + _kinds(CLASSIFIER, "encoder"))

@@ -308,6 +308,11 @@ class CausalEncoder:
 
     def prompt_ids(self, example: Example) -> list[int]:
         """What the model reads before it writes: everything up to its last turn, the middle cut out where it is too long."""
+        ids = self._tokenize([self.prompt_text(example)[0]])[0][0]
+        return self._middle_cut(ids, self.max_length)
+
+    def prompt_text(self, example: Example) -> tuple[str, bool]:
+        """(that as text, whether the tokenizer's special tokens are put around it: a chat template has its own)."""
         turns = self.turns(example)[:-1]
         if self.chat:
             text = self._template(turns, generate=True)
@@ -315,8 +320,7 @@ class CausalEncoder:
             text = turns[0].content.rstrip(" ")
         else:
             text = self._render_plain([*turns, Message("assistant", "")], bare=False).text.removesuffix(f" {self.tokenizer.eos_token}")
-        ids = self._tokenize([text])[0][0]
-        return self._middle_cut(ids, self.max_length)
+        return text, not self.chat
 
     @staticmethod
     def _middle_cut(ids: list[int], limit: int) -> list[int]:
