@@ -19,7 +19,7 @@ FLAGS = ("help", "multirun", "cfg", "config-dir")
 RUNNERS = {
     "train": "lorica.train",
     "predict": "lorica.predict",
-    "merge": "lorica.export",
+    "merge": "lorica.merge",
     "export": "lorica.exports.runner",
     "push": "lorica.push",
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorica.config import ConfigError, LoraSettings, ModelConfig, QuantizationSettings
-from lorica.export import merge
+from lorica.merge import merge
 from lorica.models import adapters, base
 from lorica.models.trained import load_trained
 
