@@ -126,7 +126,9 @@ def pinned_converter() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     fix = "a network, or llama_cpp=<a clone of llama.cpp>"
     with replaced_folder(folder) as new:
-        what = ["--no-deps", "--no-binary", "llama-cpp-python", f"llama-cpp-python=={VERSION}"]
+        wanted = new / "wanted.txt"  # with its hash, which pip compares before it runs anything of the package to learn its metadata
+        wanted.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n")
+        what = ["--no-deps", "--no-binary", "llama-cpp-python", "--require-hashes", "-r", str(wanted)]
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "-d", str(new), *what]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         archive = next(iter(new.glob("llama_cpp_python-*.tar.gz")), None)
@@ -142,6 +144,7 @@ def pinned_converter() -> Path:
                     member.name = inner
                     packed.extract(member, new, filter="data")
         archive.unlink()
+        wanted.unlink()
     return folder
 
 
