@@ -20,6 +20,7 @@ from lorica.metrics_log import read_metrics
 from lorica.runs import weights_folder
 
 ENOUGH = 0.05  # p-values below it speak of a difference
+TINY = 1e-15  # p-values below it are not told apart
 CURVES = ("train/loss", "val/accuracy")
 
 
@@ -62,9 +63,9 @@ class Compared:
 class Pair:
     """Two runs beside each other.
 
-    Attributes:
-        only_first, only_second: rows that only one has right. p: of McNemar's test, for all pairs of the comparison (Holm 1979).
-        shows: the difference of accuracies from which on these rows would have shown one.
+        Attributes:
+            only_first, only_second: rows that only one has right. p: of McNemar's test, for all pairs of the comparison (Holm 1979).
+    shows: the difference of accuracies from which on these rows would have shown one, whatever the other pairs are.
     """
 
     first: str
@@ -85,7 +86,8 @@ class Pair:
         """In plain words."""
         if self.p < ENOUGH:
             better, worse = (self.first, self.second) if self.difference > 0 else (self.second, self.first)
-            return f"{better} is better than {worse} by {100 * abs(self.difference):.2f} points (p = {self.p:.2g})"
+            chance = f"p = {self.p:.2g}" if self.p > TINY else f"p < {TINY:g}"
+            return f"{better} is better than {worse} by {100 * abs(self.difference):.2f} points ({chance})"
         seen = f"{100 * abs(self.difference):.2f} points apart"
         enough = f"; {100 * self.shows:.2f} would have shown" if np.isfinite(self.shows) else ""
         return f"no difference between {self.first} and {self.second} that these {self.rows:,} rows can show ({seen}{enough})"
@@ -188,9 +190,10 @@ COSTS = {
 def pairs(runs: Sequence[Compared]) -> list[Pair]:
     """Every two runs, in the order given."""
     counted = [(a, b, int((a.right & ~b.right).sum()), int((b.right & ~a.right).sum())) for a, b in combinations(runs, 2)]
+    below = ENOUGH / max(1, len(counted))  # a pair below it shows a difference whatever the others show
     corrected = holm([statistics.mcnemar(only_a, only_b) for _, _, only_a, only_b in counted])
     return [
-        Pair(a.name, b.name, len(a.true), only_a, only_b, p, statistics.smallest_difference(only_a + only_b, len(a.true)))
+        Pair(a.name, b.name, len(a.true), only_a, only_b, p, statistics.smallest_difference(only_a + only_b, len(a.true), below))
         for (a, b, only_a, only_b), p in zip(counted, corrected, strict=True)
     ]
 

@@ -57,10 +57,10 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return float(min(1.0, 2 * tail))
 
 
-def smallest_difference(differing: int, rows: int) -> float:
-    """The difference of two accuracies from which on `mcnemar` says p < 0.05; `differing` of `rows` rows are right in one alone."""
+def smallest_difference(differing: int, rows: int, below: float = 1 - LEVEL) -> float:
+    """The difference of two accuracies from which on `mcnemar` says p < `below`; `differing` of `rows` rows are right in one alone."""
     for lead in range(differing % 2, differing + 1, 2):
-        if mcnemar((differing + lead) // 2, (differing - lead) // 2) < 1 - LEVEL:
+        if mcnemar((differing + lead) // 2, (differing - lead) // 2) < below:
             return lead / rows
     return math.inf
 

@@ -87,3 +87,12 @@ def test_what_can_t_be_compared_is_refused(what: str, tmp_path: Path) -> None:
 def test_holm_keeps_order_and_is_never_below_the_single_value() -> None:
     assert comparison.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert comparison.holm([0.9]) == [0.9]
+
+
+def test_no_difference_is_smaller_than_what_would_have_shown(tmp_path: Path) -> None:
+    """Several pairs at once ask for more than one alone."""
+    runs = [comparison.read(_run(tmp_path / f"{i}", 0.80 + 0.004 * i, seed=i), f"m{i}") for i in range(6)]
+    for pair in comparison.pairs(runs):
+        assert pair.p < comparison.ENOUGH or abs(pair.difference) < pair.shows, pair
+    far = [comparison.read(_run(tmp_path / f"far-{share}", share), str(share)) for share in (0.99, 0.05)]
+    assert "(p < 1e-15)" in comparison.pairs(far)[0].verdict
