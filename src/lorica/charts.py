@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 640, 300  # units of a chart, whatever its size on the page
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44  # around the plot
+LEFT, RIGHT, TOP, BOTTOM = 68, 14, 12, 44  # around the plot
 COLOURS = 8  # series beyond take them again
 LINE = 14  # from one name to the next below it
 

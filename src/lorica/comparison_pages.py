@@ -57,7 +57,7 @@ def costs(report: dict[str, Any]) -> Table:
                 _known(m["peak_gib"], "{:.2f}"),
                 _known(None if m["train_joules"] is None else m["train_joules"] / 3600, "{:,.2f}"),
                 *([_known(m["train_cost"], "{:,.4f}")] if price else []),
-                _known(share, "{:.2%}"),
+                _known(share, "{:.2%}") if m["train_seconds"] else "-",
                 short(m["storage_bytes"]) + "B",
                 f"{1000 * latency['p50_seconds']:.1f} / {1000 * latency['p95_seconds']:.1f}" if latency else UNKNOWN,
                 _known(m["test_samples_per_second"], "{:,.0f}"),
