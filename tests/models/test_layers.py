@@ -77,7 +77,7 @@ def test_layers_whose_dropout_is_seeded_draw_nothing_and_have_the_same_gradients
     """Of each micro-step anew."""
     model = MODELS["dropout of adapters"]().train()
     layers = Layers(model)
-    layers.seed_dropout(model)
+    layers.seed_dropout(model, torch.device("cpu"))
     assert not layers.random
     expected = _gradients(model, _ids())
     for layers.recomputed, layers.offload in [(2, False), (4, True)]:
