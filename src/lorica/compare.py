@@ -152,6 +152,7 @@ def _report(screen: Screen, config: CompareConfig, settings: TrainConfig, entrie
         model["train_cost"] = joules / 3.6e6 * config.price_per_kwh if known_cost else None
     pairs = comparison.pairs(runs)
     choice = comparison.choose(runs, pairs)
+    all_right, none_right = comparison.agreement(runs)
     return {
         "data": settings.data.name,
         "rows": len(runs[0].rows),
@@ -160,8 +161,8 @@ def _report(screen: Screen, config: CompareConfig, settings: TrainConfig, entrie
         "models": models,
         "pairs": [{**dataclasses.asdict(pair), "difference": pair.difference, "verdict": pair.verdict} for pair in pairs],
         "disagreements": comparison.disagreements(runs, config.max_disagreements),
-        "all_right": int(sum(all(run.right[i] for run in runs) for i in range(len(runs[0].rows)))),
-        "none_right": int(sum(not any(run.right[i] for run in runs) for i in range(len(runs[0].rows)))),
+        "all_right": all_right,
+        "none_right": none_right,
         "price_per_kwh": config.price_per_kwh,
     }
 

@@ -63,9 +63,9 @@ class Compared:
 class Pair:
     """Two runs beside each other.
 
-        Attributes:
-            only_first, only_second: rows that only one has right. p: of McNemar's test, for all pairs of the comparison (Holm 1979).
-    shows: the difference of accuracies from which on these rows would have shown one, whatever the other pairs are.
+    Attributes:
+        only_first, only_second: rows that only one has right. p: of McNemar's test, for all pairs of the comparison (Holm 1979).
+        shows: the difference of accuracies from which on these rows would have shown one, whatever the other pairs are.
     """
 
     first: str
@@ -246,6 +246,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, p_values[i] * (len(p_values) - rank)))
         corrected[i] = highest
     return corrected
+
+
+def agreement(runs: Sequence[Compared]) -> tuple[int, int]:
+    """(rows that all runs have right, rows that none has)."""
+    right = np.stack([run.right for run in runs])
+    return int(right.all(0).sum()), int((~right).all(0).sum())
 
 
 def disagreements(runs: Sequence[Compared], most: int = 200) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ wrong with a file, its rows are asked about again.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorica import caches, fingerprint, plain_yaml
+from lorica import caches, fingerprint, hardware, plain_yaml
 from lorica.answered_parts import identity_of
 from lorica.answering import Predictor
 from lorica.config import ConfigError, DistillationConfig
@@ -157,9 +156,7 @@ def ask(
                 scores[i] = said
         seconds = counted.seconds
         del predictor
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        hardware.forget()
     columns = [teacher.task["labels"].index(name) for name in labels]
     whole = np.concatenate([of_chunk for of_chunk in scores if of_chunk is not None])[:, columns]
     right = float((whole.argmax(1) == np.array([e.label for e in examples])).mean())

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorica.config import ConfigError, MergeConfig, TrainerConfig
 from lorica.durable import replaced_folder, sha256, write_json
-from lorica.runs import TASK_FILE, read_task
+from lorica.runs import read_task
 from lorica.screen import Screen, quiet_libraries
 
 quiet_libraries()
@@ -21,9 +21,8 @@ quiet_libraries()
 import torch  # noqa: E402  (after the libraries' noise is off)
 from rich.table import Table  # noqa: E402
 
-from lorica import calibration, certificate, hardware, model_card  # noqa: E402
+from lorica import certificate, hardware, model_card  # noqa: E402
 from lorica.certificate import Figures, Sample  # noqa: E402
-from lorica.data import token_contract  # noqa: E402
 from lorica.fingerprint import versions  # noqa: E402
 from lorica.models import base, merging, shards  # noqa: E402
 from lorica.models.merging import Plan, merge  # noqa: E402
@@ -167,20 +166,8 @@ def write_candidate(job: Job, name: str, folder: Path) -> None:
         else:
             with job.screen.counting(f"{name} written, bytes") as count:
                 merging.write(job.plan, new, job.dtype, job.device, original, count)
-    job.opened.tokenizer.save_pretrained(new)
-    for name in (token_contract.FILE, calibration.FILE):  # the same tokens, the same probabilities
-        if (job.opened.folder / name).is_file():
-            shutil.copy(job.opened.folder / name, new / name)
-    write_json(
-        new / TASK_FILE,
-        {
-            **job.opened.task,
-            "weights": "merged",
-            "quantization": None,
-            "dtype": _name(job.dtype),
-            "merged_from": str(job.opened.folder),
-        },
-    )
+    changes = {"weights": "merged", "quantization": None, "dtype": _name(job.dtype), "merged_from": str(job.opened.folder)}
+    job.opened.write_asking(new, changes)
 
 
 def _size(job: Job) -> int:

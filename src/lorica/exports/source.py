@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from lorica import calibration, plain_yaml
+from lorica import plain_yaml
 from lorica.checks import nearest
 from lorica.config import DATA_SCHEMAS, ConfigError
-from lorica.data import token_contract
 from lorica.data.encoding import Truncation, build_encoder
 from lorica.data.registry import build_data
-from lorica.durable import write_json
 from lorica.models import base, merging
 from lorica.models.trained import Opened
-from lorica.runs import TASK_FILE
 
 Count = Callable[[int, int], None]
 CPU = torch.device("cpu")
@@ -73,12 +69,8 @@ class Source:
 
     def write_asking(self, folder: Path) -> None:
         """How the model is asked: tokenizer, lorica.json, token contract, a classifier's temperature."""
-        opened = self.opened
-        opened.tokenizer.save_pretrained(folder)
-        for name in (token_contract.FILE, calibration.FILE):
-            if (opened.folder / name).is_file():
-                shutil.copy(opened.folder / name, folder / name)
-        write_json(folder / TASK_FILE, {**opened.task, "weights": "exported", "quantization": None, "exported_from": str(opened.folder)})
+        changes = {"weights": "exported", "quantization": None, "exported_from": str(self.opened.folder)}
+        self.opened.write_asking(folder, changes)
 
     def training_rows(self, rows: int) -> list[list[int]]:
         """Token ids of training rows, at equal distances.

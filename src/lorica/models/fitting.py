@@ -3,7 +3,6 @@ layers are computed again in backward. None of it leaves a trace in weights, gra
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import time
@@ -21,7 +20,7 @@ import torch._inductor.exc
 from lorica import caches
 from lorica.config import ConfigError, TrainConfig
 from lorica.data.module import LoricaDataModule
-from lorica.hardware import Machine, memory_limit
+from lorica.hardware import Machine, forget, memory_limit
 from lorica.kernels import frozen
 from lorica.kernels.embedding import keep_on_host
 from lorica.kernels.layers import Layers
@@ -373,8 +372,7 @@ class Fitting:
     def _forget(self) -> None:
         """No gradients, no cached memory."""
         self.module.zero_grad(set_to_none=True)
-        gc.collect()
-        torch.cuda.empty_cache()
+        forget()
 
     def _too_large(self, how: str, fix: str) -> TooLarge:
         tokens = self.batches[-1]["input_ids"].numel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from lorica.beside_weights import read_adapter, read_object
 from lorica.calibration import Calibration
 from lorica.config import ConfigError, LoraSettings, ModelConfig, QuantizationSettings
 from lorica.data import token_contract
+from lorica.durable import write_json
 from lorica.kernels import attention
 from lorica.models import adapters, base, weights
-from lorica.runs import read_task, weights_folder
+from lorica.runs import TASK_FILE, read_task, weights_folder
 
 
 @dataclass
@@ -68,6 +70,14 @@ class Opened:
         """Of the weights that were not in 4 bits in training."""
         named: torch.dtype = getattr(torch, self.task.get("dtype") or "float32")
         return named
+
+    def write_asking(self, folder: Path, changes: dict[str, Any]) -> None:
+        """How it is asked, for weights made of these: tokenizer, the same tokens, the same probabilities, lorica.json with changes."""
+        self.tokenizer.save_pretrained(folder)
+        for name in (token_contract.FILE, calibration.FILE):
+            if (self.folder / name).is_file():
+                shutil.copy(self.folder / name, folder / name)
+        write_json(folder / TASK_FILE, {**self.task, **changes})
 
 
 def open_trained(run: Path, base_name: str | None = None) -> Opened:
