@@ -114,6 +114,7 @@ def train(overrides: list[str], timeout: float, warm: int, run_dir: Path | None 
         "seconds": metrics["train/seconds"],
         "first_step_seconds": metrics["train/first_step_seconds"],
         "peak_gib": metrics["memory/peak_gib"],
+        "energy_joules": metrics.get("train/energy_joules"),
         "first_loss": float(table[0]["train/loss"]) if table else None,
         "last_loss": float(table[-1]["train/loss"]) if table else None,
         "settings": list(overrides),
