@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 
 from lorica.config import ConfigError
 from lorica.data.chat import parse_messages
-from lorica.data.module import BadRow
 from lorica.data.readers import read_rows
+from lorica.data.rows import BadRow
 
 SECONDS = 1.0  # for one file, of this process's own time
 HANGS = 20  # seconds after which a file is given up

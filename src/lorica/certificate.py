@@ -24,8 +24,8 @@ from lorica.data.chat import parse_messages
 from lorica.data.collate import collate_candidates, collate_classifier, inputs
 from lorica.data.encoding import IGNORE, CausalEncoder, ClassifierEncoder, Encoded, Truncation, build_encoder
 from lorica.data.examples import Example, Message
-from lorica.data.module import BadRow
 from lorica.data.readers import read_rows
+from lorica.data.rows import BadRow
 from lorica.models.causal_lm import CausalLMModule
 from lorica.models.sequence_classifier import SequenceClassifierModule
 from lorica.models.trained import Trained

@@ -32,7 +32,7 @@ class TicketsConfig(ClassificationDataConfig):
     text_column: str = key("body", "column with the ticket")
 '''
 MODULE = '''
-from lorica.data.classification import ClassificationData
+from lorica.data.modules import ClassificationData
 
 
 class TicketsData(ClassificationData):
@@ -170,7 +170,7 @@ def test_a_package_that_can_not_be_used_is_named(entry: str, says: str, site: Pa
 
 @pytest.mark.slow
 def test_build_data_gives_the_packages_class(site: Path, tmp_path: Path) -> None:
-    from lorica.data.registry import build_data
+    from lorica.data.registry import build_data, build_rows
 
     install(site, GOOD)
     file = tmp_path / "tickets.csv"
@@ -179,6 +179,7 @@ def test_build_data_gives_the_packages_class(site: Path, tmp_path: Path) -> None
     assert (type(data).__module__, type(data).__name__) == ("acme_tickets.data", "TicketsData")
     data.load()
     assert data.labels == ["a", "b"]
+    assert build_rows(data.config, seed=3).splits == data.splits
 
 
 @pytest.mark.slow

@@ -22,14 +22,12 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from lorica.config import DATA_SCHEMAS, ChatDataConfig, ClassificationDataConfig, ConfigError, DataConfig, InstructionDataConfig
-from lorica.data.ag_news import AGNewsData, tidy
-from lorica.data.chat import ChatData
-from lorica.data.classification import ClassificationData
+from lorica.data.ag_news import tidy
 from lorica.data.encoding import CausalEncoder, ClassifierEncoder
 from lorica.data.examples import SPLITS, Example, Message
-from lorica.data.instruction import InstructionData
 from lorica.data.module import Batching, LoricaDataModule
-from lorica.data.registry import MODULES, build_data
+from lorica.data.modules import AGNewsData, ChatData, ClassificationData, InstructionData
+from lorica.data.registry import MODULES, build_data, build_rows
 
 WHOLE = {"name": "x", "source": "files", "validation_fraction": 0.0, "test_fraction": 0.0}
 SHIPPED = Path(__file__).parents[2] / "conf" / "data"
@@ -435,7 +433,9 @@ def test_conversations_that_cannot_be_used_are_named(write: Writer, row: dict[st
 def test_every_registered_module_has_a_schema_and_a_shipped_configuration() -> None:
     assert set(MODULES) == set(DATA_SCHEMAS) == {path.stem for path in SHIPPED.glob("*.yaml")}
     for name in MODULES:
-        assert shipped(name).config.module == name
+        data = shipped(name)
+        assert data.config.module == name and isinstance(data, LoricaDataModule)
+        assert type(build_rows(data.config)) in type(data).__mro__ and not isinstance(build_rows(data.config), LoricaDataModule)
 
 
 def test_an_unknown_module_is_refused_with_the_nearest() -> None:

@@ -16,12 +16,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from lorica.config import ChatDataConfig, ClassificationDataConfig, ConfigError, InstructionDataConfig
-from lorica.data.chat import ChatData
-from lorica.data.classification import ClassificationData
 from lorica.data.encoding import CausalEncoder, ClassifierEncoder
 from lorica.data.gates import check_report
-from lorica.data.instruction import InstructionData
 from lorica.data.module import LoricaDataModule
+from lorica.data.modules import ChatData, ClassificationData, InstructionData
 from lorica.data.report import data_report, write_report
 
 WHOLE: dict[str, Any] = {"name": "x", "source": "files", "validation_fraction": 0.0, "test_fraction": 0.0, "token_cache": False}

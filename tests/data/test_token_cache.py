@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerFast
 
 from lorica.config import ClassificationDataConfig
 from lorica.data import token_cache
-from lorica.data.classification import ClassificationData
 from lorica.data.encoding import Candidates, CausalEncoder, ClassifierEncoder, Encoded, Truncation
 from lorica.data.examples import Example, Message
+from lorica.data.modules import ClassificationData
 from lorica.data.token_cache import TokenCache, encoder_key, folder, rows_key
 
 CHEAP = settings(max_examples=25, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

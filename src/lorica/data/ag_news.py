@@ -6,16 +6,16 @@ import html
 import re
 from typing import Any, ClassVar
 
-from lorica.data.classification import ClassificationData
-from lorica.data.module import BadRow
+from lorica.data.classification import ClassificationRows
 from lorica.data.readers import Row
+from lorica.data.rows import BadRow
 
 # The published files lost the "&" of their entities: "Arsenal #39;s" stands for "Arsenal&#39;s".
 _BARE_ENTITY = re.compile(r" ?(?<!&)(#[0-9]{2,4};|\b(?:quot|amp|lt|gt|nbsp|hellip|[mn]dash|[lr][sd]quo|apos);)")
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 
 
-class AGNewsData(ClassificationData):
+class AGNewsRows(ClassificationRows):
     """`data=ag_news`."""
 
     sample_name: ClassVar[str] = "ag_news"

@@ -11,8 +11,8 @@ from typing import Any
 from lorica.config import ConfigError
 from lorica.data.asking import ask_row, text_column
 from lorica.data.examples import Example
-from lorica.data.module import BadRow
 from lorica.data.readers import Row, read_rows
+from lorica.data.rows import BadRow
 
 ADDED = frozenset(("prediction", "probability", "probabilities", "error"))  # what an answered row has besides its own
 CHUNK_LETTERS = 1 << 23  # of a chunk's rows: what they take in memory

@@ -10,7 +10,7 @@ from lorica.data.chat import parse_messages
 from lorica.data.classification import fill_prompt
 from lorica.data.examples import Example, Message
 from lorica.data.instruction import fill_instruction
-from lorica.data.module import BadRow
+from lorica.data.rows import BadRow
 
 
 def ask_text(task: dict[str, Any], text: str, origin: str = "") -> Example:

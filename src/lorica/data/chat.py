@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 
 from lorica.config import ChatDataConfig
 from lorica.data.examples import Example, Message
-from lorica.data.module import BadRow, LoricaDataModule
 from lorica.data.readers import Row
+from lorica.data.rows import BadRow, Rows
 
 ROLES = ("system", "user", "assistant")
 
 
-class ChatData(LoricaDataModule):
+class ChatRows(Rows):
     """`data=chat`."""
 
     generative: ClassVar[bool] = True

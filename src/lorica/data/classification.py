@@ -11,14 +11,14 @@ import numpy as np
 
 from lorica.config import ClassificationDataConfig, ConfigError
 from lorica.data.examples import SPLITS, Example
-from lorica.data.module import BadRow, LoricaDataModule
 from lorica.data.readers import Row
+from lorica.data.rows import BadRow, Rows
 
 MOST_LABELS = 1000
 _NUMBER = re.compile(r"-?[0-9]+")
 
 
-class ClassificationData(LoricaDataModule):
+class ClassificationRows(Rows):
     """`data=classification`. After `load()`, `labels` holds the class names in the order of their numbers."""
 
     config: ClassificationDataConfig

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lorica.data.instruction import InstructionData
+from lorica.data.instruction import InstructionRows
 
 
-class HealthcareQAData(InstructionData):
+class HealthcareQARows(InstructionRows):
     """`data=healthcare_qa`. The answers are data to learn from, not medical advice."""
 
     sample_name: ClassVar[str] = "healthcare_qa"

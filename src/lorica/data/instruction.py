@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 from lorica.config import InstructionDataConfig
 from lorica.data.examples import Example
-from lorica.data.module import BadRow, LoricaDataModule
 from lorica.data.readers import Row
+from lorica.data.rows import BadRow, Rows
 
 
-class InstructionData(LoricaDataModule):
+class InstructionRows(Rows):
     """`data=instruction`."""
 
     generative: ClassVar[bool] = True

@@ -1,36 +1,28 @@
-"""What every data module does: read, refuse or skip bad rows, split, encode, and hand out the plan's micro-batches."""
+"""What every data module does with its rows: encode them, plan the batches, and hand out the plan's micro-batches."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lorica.config import ConfigError, DataConfig
+from lorica.config import DataConfig
 from lorica.data.batching import BatchPlan, batch_tokens, evaluation_batches
 from lorica.data.collate import collate_candidates, collate_causal, collate_classifier, fill
 from lorica.data.encoding import CausalEncoder, ClassifierEncoder, Encoded, Truncation
-from lorica.data.examples import SPLITS, Example, Splits, split_examples
-from lorica.data.readers import SAMPLES, Row, check_columns, read_hub, read_rows, split_files
+from lorica.data.examples import SPLITS
+from lorica.data.rows import Rows
 from lorica.data.shapes import Shape, shapes
 from lorica.data.token_cache import TokenCache
 from lorica.signals import in_worker
 
-SHOWN_FAULTS = 3
 SHOWN_ROWS = 8
-
-
-class BadRow(ValueError):
-    """A row that can't become an example; the message says why."""
 
 
 @dataclass
@@ -45,117 +37,19 @@ class Batching:
     plan: dict[str, Any] = field(default_factory=dict)
 
 
-class LoricaDataModule(LightningDataModule):
-    """Reads one data set. Subclasses say what its columns mean (`columns`, `to_example`) and nothing about models.
+class LoricaDataModule(Rows, LightningDataModule):
+    """The rows of one data set (a subclass says of which, see `Rows`) as a model's batches.
 
     Used in three calls: `load()` reads and splits; `encode(encoder)` tokenises; `connect(batching)` plans the batches.
     """
 
-    generative: ClassVar[bool] = False  # test rows are answered by generation
-    sample_name: ClassVar[str] = ""  # folder of the packaged sample
-
     def __init__(self, config: DataConfig, seed: int = 0) -> None:
-        super().__init__()
-        self.config, self.seed = config, seed
-        self.labels: list[str] | None = None
-        self.revision: str | None = config.revision
-        self.faults: list[tuple[str, str]] = []  # (origin, why) of rows that were skipped
+        super().__init__(config, seed)
         self.truncation = Truncation()
         self.parts = 1  # that a micro-batch is known to need, for the GPU's memory
         self.resume_at = 0  # the micro-step that training starts from
         self.shapes: list[Shape] = []  # sizes that training batches are filled up to, smallest first; none: they stay as they are
         self.teacher_scores: torch.Tensor | None = None  # a teacher's log-probabilities, fp32 [training rows, labels]
-        self._splits: Splits | None = None
-
-    # --------------------------------------------------------------------------------------------------------- reading
-
-    @abstractmethod
-    def columns(self) -> dict[str, str]:
-        """Configuration key -> column that must exist."""
-
-    @abstractmethod
-    def to_example(self, row: Row) -> Example:
-        """One row as an Example.
-
-        Raises:
-            BadRow: null, empty or unknown values.
-        """
-
-    def describe(self) -> dict[str, Any]:
-        """What must be known to ask a trained model the same way: kept beside its weights (see `lorica.data.asking`)."""
-        return {"kind": None}
-
-    def prepare_rows(self, rows: dict[str, list[Row]]) -> None:
-        """Look over all rows before they are converted (labels are found here)."""
-
-    @property
-    def splits(self) -> Splits:
-        """The examples; `load()` reads them."""
-        self.load()
-        assert self._splits is not None
-        return self._splits
-
-    def load(self) -> None:
-        """Read and split, once.
-
-        Raises:
-            ConfigError: files, columns or rows that can't be used.
-        """
-        if self._splits is not None:
-            return
-        rows = self._read()
-        for split, of_split in rows.items():
-            check_columns(of_split, self.columns(), f"the {split} file" if self.config.source == "files" else f"the {split} split")
-        for of_split in rows.values():
-            if of_split and all(row.fault for row in of_split):
-                self.faults = [(row.origin, row.fault) for row in of_split]
-                self._refuse_faults(len(of_split))
-        self.prepare_rows(rows)
-        examples = {split: list(self._convert(of_split)) for split, of_split in rows.items()}
-        if self.faults and self.config.on_bad_rows == "refuse":
-            self._refuse_faults(sum(map(len, rows.values())))
-        self._splits = split_examples(examples, self.config, self.seed)
-
-    def _read(self) -> dict[str, list[Row]]:
-        config = self.config
-        if config.source == "hub":
-            rows, self.revision = read_hub(config)
-            return rows
-        if config.source == "sample":
-            folder = SAMPLES / self.sample_name
-            if not self.sample_name:
-                raise ConfigError(
-                    "data.source", "sample", f"data={config.name} has no packaged sample", "data.source=files data.path=my.csv"
-                )
-        else:
-            assert config.path is not None
-            folder = Path(config.path).expanduser()
-        return {split: list(read_rows(file, config.csv_columns)) for split, file in split_files(folder, config.name).items()}
-
-    def _convert(self, rows: Sequence[Row]) -> Iterator[Example]:
-        for row in rows:
-            fault = row.fault
-            if not fault:
-                try:
-                    yield self.to_example(row)
-                    continue
-                except BadRow as e:
-                    fault = str(e)
-            self.faults.append((row.origin, fault))
-
-    def _refuse_faults(self, total: int) -> None:
-        shown = "; ".join(f"{origin} {why}" for origin, why in self.faults[:SHOWN_FAULTS])
-        more = f"; and {len(self.faults) - SHOWN_FAULTS:,} more" if len(self.faults) > SHOWN_FAULTS else ""
-        raise ConfigError(
-            "data.on_bad_rows",
-            "refuse",
-            f"{len(self.faults):,} of {total:,} rows can't be used: {shown}{more}",
-            "mend them, or data.on_bad_rows=skip",
-        )
-
-    def fault_counts(self) -> dict[str, int]:
-        """Skipped rows by reason."""
-        return dict(Counter(why for _, why in self.faults))
 
     # -------------------------------------------------------------------------------------------------------- encoding
 

@@ -1,21 +1,26 @@
-"""Names of data modules: the package's own, and those that installed packages register (entry point `lorica.data`)."""
+"""Names of data sets: the package's own, and those that installed packages register (entry point `lorica.data`)."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
 
 from lorica.checks import nearest
 from lorica.config import ConfigError, DataConfig
-from lorica.data.module import LoricaDataModule
+from lorica.data.rows import Rows
 
+if TYPE_CHECKING:
+    from lorica.data.module import LoricaDataModule
+
+# `data.module` -> how its classes are called: ChatRows in lorica.data.chat, ChatData in lorica.data.modules.
 MODULES = {
-    "classification": "lorica.data.classification:ClassificationData",
-    "instruction": "lorica.data.instruction:InstructionData",
-    "ag_news": "lorica.data.ag_news:AGNewsData",
-    "sentiment": "lorica.data.sentiment:SentimentData",
-    "healthcare_qa": "lorica.data.healthcare_qa:HealthcareQAData",
-    "chat": "lorica.data.chat:ChatData",
+    "classification": "Classification",
+    "instruction": "Instruction",
+    "ag_news": "AGNews",
+    "sentiment": "Sentiment",
+    "healthcare_qa": "HealthcareQA",
+    "chat": "Chat",
 }
 
 
@@ -25,19 +30,33 @@ def build_data(config: DataConfig, seed: int = 0) -> LoricaDataModule:
     Raises:
         ConfigError: no installed package has it.
     """
+    name = config.module
+    cls = getattr(import_module("lorica.data.modules"), f"{MODULES[name]}Data") if name in MODULES else _of_package(name)
+    module: LoricaDataModule = cls(config, seed)
+    return module
+
+
+def build_rows(config: DataConfig, seed: int = 0) -> Rows:
+    """The rows of that data module, without torch; another package's module serves itself, with whatever it imports.
+
+    Raises:
+        ConfigError: no installed package has it.
+    """
+    name = config.module
+    cls = getattr(import_module(f"lorica.data.{name}"), f"{MODULES[name]}Rows") if name in MODULES else _of_package(name)
+    rows: Rows = cls(config, seed)
+    return rows
+
+
+def _of_package(name: str) -> Any:
+    """The class that an installed package registered."""
     plugins = {p.name: p for p in entry_points(group="lorica.data")}
-    if config.module in MODULES:
-        path, _, name = MODULES[config.module].partition(":")
-        cls = getattr(import_module(path), name)
-    elif config.module in plugins:
-        cls = plugins[config.module].load()
-    else:
+    if name not in plugins:
         known = [*MODULES, *plugins]
         raise ConfigError(
             "data.module",
-            config.module,
+            name,
             "no installed package has this data module",
-            f"data.module={nearest(config.module, known) or known[0]}",
+            f"data.module={nearest(name, known) or known[0]}",
         )
-    module: LoricaDataModule = cls(config, seed)
-    return module
+    return plugins[name].load()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lorica.data.classification import ClassificationData
+from lorica.data.classification import ClassificationRows
 
 
-class SentimentData(ClassificationData):
+class SentimentRows(ClassificationRows):
     """`data=sentiment`."""
 
     sample_name: ClassVar[str] = "sentiment"

@@ -1,0 +1,126 @@
+"""What the rows of every data set go through before a model is known: read, refuse or skip bad ones, convert, split. No torch."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lorica.config import ConfigError, DataConfig
+from lorica.data.examples import Example, Splits, split_examples
+from lorica.data.readers import SAMPLES, Row, check_columns, read_hub, read_rows, split_files
+
+SHOWN_FAULTS = 3
+
+
+class BadRow(ValueError):
+    """A row that can't become an example; the message says why."""
+
+
+class Rows:
+    """The rows of one data set; `load()` reads and splits them.
+
+    Subclasses say what its columns mean (`columns`, `to_example`) and nothing about models. With a `LoricaDataModule` they are what
+    trains (`lorica.data.modules`); by themselves they need no torch.
+    """
+
+    generative: ClassVar[bool] = False  # test rows are answered by generation
+    sample_name: ClassVar[str] = ""  # folder of the packaged sample
+
+    def __init__(self, config: DataConfig, seed: int = 0) -> None:
+        super().__init__()  # Lightning's, in a data module
+        self.config, self.seed = config, seed
+        self.labels: list[str] | None = None
+        self.revision: str | None = config.revision
+        self.faults: list[tuple[str, str]] = []  # (origin, why) of rows that were skipped
+        self._splits: Splits | None = None
+
+    @abstractmethod
+    def columns(self) -> dict[str, str]:
+        """Configuration key -> column that must exist."""
+
+    @abstractmethod
+    def to_example(self, row: Row) -> Example:
+        """One row as an Example.
+
+        Raises:
+            BadRow: null, empty or unknown values.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """What must be known to ask a trained model the same way: kept beside its weights (see `lorica.data.asking`)."""
+        return {"kind": None}
+
+    def prepare_rows(self, rows: dict[str, list[Row]]) -> None:
+        """Look over all rows before they are converted (labels are found here)."""
+
+    @property
+    def splits(self) -> Splits:
+        """The examples; `load()` reads them."""
+        self.load()
+        assert self._splits is not None
+        return self._splits
+
+    def load(self) -> None:
+        """Read and split, once.
+
+        Raises:
+            ConfigError: files, columns or rows that can't be used.
+        """
+        if self._splits is not None:
+            return
+        rows = self._read()
+        for split, of_split in rows.items():
+            check_columns(of_split, self.columns(), f"the {split} file" if self.config.source == "files" else f"the {split} split")
+        for of_split in rows.values():
+            if of_split and all(row.fault for row in of_split):
+                self.faults = [(row.origin, row.fault) for row in of_split]
+                self._refuse_faults(len(of_split))
+        self.prepare_rows(rows)
+        examples = {split: list(self._convert(of_split)) for split, of_split in rows.items()}
+        if self.faults and self.config.on_bad_rows == "refuse":
+            self._refuse_faults(sum(map(len, rows.values())))
+        self._splits = split_examples(examples, self.config, self.seed)
+
+    def _read(self) -> dict[str, list[Row]]:
+        config = self.config
+        if config.source == "hub":
+            rows, self.revision = read_hub(config)
+            return rows
+        if config.source == "sample":
+            folder = SAMPLES / self.sample_name
+            if not self.sample_name:
+                raise ConfigError(
+                    "data.source", "sample", f"data={config.name} has no packaged sample", "data.source=files data.path=my.csv"
+                )
+        else:
+            assert config.path is not None
+            folder = Path(config.path).expanduser()
+        return {split: list(read_rows(file, config.csv_columns)) for split, file in split_files(folder, config.name).items()}
+
+    def _convert(self, rows: Sequence[Row]) -> Iterator[Example]:
+        for row in rows:
+            fault = row.fault
+            if not fault:
+                try:
+                    yield self.to_example(row)
+                    continue
+                except BadRow as e:
+                    fault = str(e)
+            self.faults.append((row.origin, fault))
+
+    def _refuse_faults(self, total: int) -> None:
+        shown = "; ".join(f"{origin} {why}" for origin, why in self.faults[:SHOWN_FAULTS])
+        more = f"; and {len(self.faults) - SHOWN_FAULTS:,} more" if len(self.faults) > SHOWN_FAULTS else ""
+        raise ConfigError(
+            "data.on_bad_rows",
+            "refuse",
+            f"{len(self.faults):,} of {total:,} rows can't be used: {shown}{more}",
+            "mend them, or data.on_bad_rows=skip",
+        )
+
+    def fault_counts(self) -> dict[str, int]:
+        """Skipped rows by reason."""
+        return dict(Counter(why for _, why in self.faults))
