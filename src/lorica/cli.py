@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from lorica.checks import nearest, sibling
 from lorica.composition import complete, compose, compose_tree, group_options, register_plugins
-from lorica.config import VERBS, CompareConfig, ConfigError
+from lorica.config import VERBS, CompareConfig, ConfigError, PlanConfig
 from lorica.secrets import redact
 
 FLAGS = ("help", "multirun", "cfg", "config-dir")
@@ -23,6 +23,7 @@ RUNNERS = {
     "export": "lorica.exports.runner",
     "push": "lorica.push",
 }
+WITH_TRAINS = ("compare", "plan")  # every other key and group is one of train's
 USAGE = f"""usage: lorica VERB [group=option ...] [key=value ...]
 verbs: {", ".join(VERBS)}
 lorica VERB --help lists the groups and keys of a verb; --cfg job shows what would run."""
@@ -81,6 +82,10 @@ def run(verb: str, args: list[str]) -> int:
 
         options = group_options(flags["config_dir"])["model"]
         return run_compare(config, for_train, lambda cell: compose("train", cell, flags["config_dir"]), options, flags["config_dir"])
+    if isinstance(config, PlanConfig):
+        from lorica.planning.runner import run as plan
+
+        return plan(config, compose("train", for_train, flags["config_dir"]))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     runner = "lorica.resume_drill" if getattr(config, "drill", None) == "resume" else RUNNERS[verb]
     code: int = importlib.import_module(runner).run(config)
@@ -90,15 +95,17 @@ def run(verb: str, args: list[str]) -> int:
 
 
 def _own(verb: str, typed: list[str], config_dir: str | None) -> tuple[list[str], list[str]]:
-    """Overrides of the verb's own keys, and those that compare hands on to train, for all of its models.
+    """Overrides of the verb's own keys, and those that compare and plan hand on to train.
 
     Raises:
-        ConfigError: a key that is nearly one of compare's own.
+        ConfigError: a key that is nearly one of the verb's own.
     """
-    if verb != "compare":
+    if verb not in WITH_TRAINS:
         return typed, []
-    own = [f.name for f in dataclasses.fields(CompareConfig)]
-    mine = [text for text in typed if text.partition("=")[0].lstrip("+") in own]
+    own = [f.name for f in dataclasses.fields(VERBS[verb])]
+    if verb == "plan":
+        typed = [f"gpu.name={text.removeprefix('gpu=')}" if text.startswith("gpu=") else text for text in typed]
+    mine = [text for text in typed if text.partition("=")[0].lstrip("+").partition(".")[0] in own]
     others = [text for text in typed if text not in mine]
     for text in others:
         name, _, value = text.partition("=")
@@ -153,6 +160,6 @@ def _screen(verb: str, what: str, overrides: list[str], config_dir: str | None) 
         (f"usage: lorica {verb} [group=option ...] [key=value ...] [-m]" if groups else f"usage: lorica {verb} key=value ...")
         + " [--cfg job] [--config-dir DIR] [-sc install=bash]\n\n"
         + (f"groups\n{groups}\n" if groups else "")
-        + ("every group and key of train too, for all models alike: lorica train --help\n\n" if verb == "compare" else "")
+        + ("every group and key of train too: lorica train --help\n\n" if verb in WITH_TRAINS else "")
         + f"keys and their values now (docs/configuration.md says what each means)\n{config}"
     ).rstrip()

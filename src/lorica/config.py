@@ -544,6 +544,27 @@ class PushConfig:
 
 
 @dataclass
+class GpuSettings:
+    """The card that a plan is for."""
+
+    name: str | None = key(None, "a known card, as rtx3070_8gb, colab_t4 or h200_141gb (`gpu=NAME` says the same); null: the one at hand")
+    memory_gib: float | None = key(
+        None, "memory of a card that is not known, or another amount than the known one's", unit="GiB", above=0.0
+    )
+
+
+@dataclass
+class PlanConfig:
+    """`lorica plan`. Every other key and group is one of train's."""
+
+    gpu: GpuSettings = key(GpuSettings)
+    rows: int = key(2000, "training rows that are looked at for their lengths", unit="examples", low=1)
+    price_per_kwh: float | None = key(None, "of electricity in your currency; null: its cost is not said", low=0)
+    price_per_hour: float | None = key(None, "of a rented GPU in your currency; null: its cost is not said", low=0)
+    json: bool = key(False, "print the plan as JSON")
+
+
+@dataclass
 class CompareConfig:
     """`lorica compare`. Every other key and group is one of train's, and holds for all models."""
 
@@ -568,6 +589,7 @@ VERBS: dict[str, type] = {
     "export": ExportConfig,
     "compare": CompareConfig,
     "push": PushConfig,
+    "plan": PlanConfig,
 }
 
 # The dataclass of each registered data module and of each logger. Packages add their data modules by the entry point

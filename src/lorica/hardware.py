@@ -195,6 +195,11 @@ def energy_meter(device: torch.device) -> Callable[[], float] | None:
     return lambda: float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
 
 
+def reserved_memory_gib(device: torch.device) -> float | None:
+    """Peak of what torch's allocator held on the GPU, free pieces and all, since `reset_peak_memory`; None elsewhere."""
+    return float(torch.cuda.max_memory_reserved(device)) / 2**30 if device.type == "cuda" else None
+
+
 def forget() -> None:
     """Give back what models that are gone have left; Lightning's modules refer to themselves."""
     gc.collect()

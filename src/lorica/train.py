@@ -255,6 +255,8 @@ def _train(run: Run) -> int:
     figures["train/skipped_steps"] = float(module.skipping.skipped)
     figures["model/trainable"], figures["model/weights"] = map(float, adapters.count(loaded.model))
     figures["memory/peak_gib"] = hardware.peak_memory_gib(machine.device)
+    if (reserved := hardware.reserved_memory_gib(machine.device)) is not None:
+        figures["memory/reserved_gib"] = reserved
     if run.lesson is not None:
         figures["time/teacher_seconds"] = run.lesson.seconds
     figures["time/total_seconds"] = time.perf_counter() - started

@@ -1,0 +1,152 @@
+"""GPUs by name: their memory as torch reports it, what they can do, how fast they multiply, what they draw."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from lorica.checks import nearest
+from lorica.config import ConfigError, GpuSettings
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU.
+
+    Attributes:
+        memory: bytes, of all processes. capability: of CUDA, as 8.9. teraflops: dense bf16 (fp16 on older cards) with fp32 sums, by the
+            maker's data sheet. watts: its limit. context: bytes that CUDA takes for itself. busy: bytes that other processes hold.
+    """
+
+    name: str
+    memory: int
+    capability: float
+    teraflops: float
+    watts: float
+    context: int = 480 << 20
+    busy: int = 0
+
+    @property
+    def usable(self) -> int:
+        """Bytes that torch can have."""
+        return self.memory - self.context - self.busy
+
+    @property
+    def bf16(self) -> bool:
+        """Whether it multiplies in bf16: also what variable-length attention and compiled layers need here."""
+        return self.capability >= 8.0
+
+    @property
+    def workspace(self) -> int:
+        """Bytes of cuBLAS's workspaces (torch's defaults: 32 MiB from Hopper on, else 8 MiB; one more of cublasLt)."""
+        return (64 << 20) if self.capability >= 9.0 else (17 << 20)
+
+
+def _card(title: str, gib: float, capability: float, teraflops: float, watts: float) -> Card:
+    return Card(title, int(gib * GIB), capability, teraflops, watts)
+
+
+# Memory: torch.cuda.get_device_properties(0).total_memory, which is some hundred MiB below the box's number.
+CARDS = {
+    "rtx3060_12gb": _card("RTX 3060 12 GB", 11.76, 8.6, 25, 170),
+    "rtx3070_8gb": _card("RTX 3070 8 GB", 7.66, 8.6, 41, 220),
+    "rtx3080_10gb": _card("RTX 3080 10 GB", 9.66, 8.6, 60, 320),
+    "rtx3090_24gb": _card("RTX 3090 24 GB", 23.57, 8.6, 71, 350),
+    "rtx4060_8gb": _card("RTX 4060 8 GB", 7.63, 8.9, 30, 115),
+    "rtx4060ti_16gb": _card("RTX 4060 Ti 16 GB", 15.57, 8.9, 44, 165),
+    "rtx4070_12gb": _card("RTX 4070 12 GB", 11.6, 8.9, 58, 200),
+    "rtx4080_16gb": _card("RTX 4080 16 GB", 15.57, 8.9, 97, 320),
+    "rtx4090_24gb": _card("RTX 4090 24 GB", 23.5, 8.9, 165, 450),
+    "rtx5060ti_16gb": _card("RTX 5060 Ti 16 GB", 15.47, 12.0, 47, 180),
+    "rtx5070_12gb": _card("RTX 5070 12 GB", 11.5, 12.0, 62, 250),
+    "rtx5080_16gb": _card("RTX 5080 16 GB", 15.47, 12.0, 113, 360),
+    "rtx5090_32gb": _card("RTX 5090 32 GB", 31.36, 12.0, 209, 575),
+    "t4_16gb": _card("T4 16 GB", 14.56, 7.5, 65, 70),
+    "colab_t4": _card("Colab's T4", 14.74, 7.5, 65, 70),
+    "kaggle_t4": _card("one of Kaggle's two T4", 14.74, 7.5, 65, 70),
+    "l4_24gb": _card("L4 24 GB", 22.03, 8.9, 121, 72),
+    "a10_24gb": _card("A10 24 GB", 21.98, 8.6, 125, 150),
+    "a10g_24gb": _card("A10G 24 GB", 21.99, 8.6, 70, 300),
+    "l40s_48gb": _card("L40S 48 GB", 44.4, 8.9, 362, 350),
+    "a100_40gb": _card("A100 40 GB", 39.39, 8.0, 312, 400),
+    "a100_80gb": _card("A100 80 GB", 79.15, 8.0, 312, 400),
+    "h100_80gb": _card("H100 80 GB", 79.11, 9.0, 989, 700),
+    "h200_141gb": _card("H200 141 GB", 139.8, 9.0, 989, 700),
+    "b200_180gb": _card("B200 180 GB", 178.3, 10.0, 2250, 1000),
+}
+
+
+def choose(asked: GpuSettings) -> Card:
+    """The card that is asked for, or the one at hand.
+
+    Raises:
+        ConfigError: no such card; none at hand; no memory left.
+    """
+    if asked.name is not None:
+        card = _named(asked.name)
+    elif asked.memory_gib is not None:
+        card = replace(_like(asked.memory_gib), name=f"a card of {asked.memory_gib:g} GiB")
+    else:
+        card = at_hand()
+    if asked.memory_gib is not None:
+        card = replace(card, memory=int(asked.memory_gib * GIB), busy=0)
+    if card.usable < GIB // 4:
+        raise ConfigError("gpu.memory_gib", f"{card.memory / GIB:.3g}", "leaves nothing beside CUDA's own memory", "gpu.memory_gib=8")
+    return card
+
+
+def _named(name: str) -> Card:
+    plain = _plain(name)
+    for known, card in CARDS.items():
+        if plain == _plain(known):
+            return card
+    starts = [known for known in CARDS if _plain(re.sub(r"_\d+gb$", "", known)) == plain]
+    if len(starts) == 1:
+        return CARDS[starts[0]]
+    near = starts[0] if starts else nearest(name.lower(), CARDS) or "rtx4090_24gb"
+    raise ConfigError("gpu", name, f"must be one of {', '.join(CARDS)}", f"gpu={near}, or gpu.memory_gib=24")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _like(gib: float) -> Card:
+    """The known card with Ampere's abilities or better that is nearest in memory."""
+    return min((card for card in CARDS.values() if card.bf16), key=lambda card: abs(card.memory / GIB - gib))
+
+
+def at_hand() -> Card:
+    """This machine's first GPU, asked of its driver.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        title = pynvml.nvmlDeviceGetName(handle)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        capability = float("{}.{}".format(*pynvml.nvmlDeviceGetCudaComputeCapability(handle)))
+        watts = pynvml.nvmlDeviceGetPowerManagementDefaultLimit(handle) / 1000
+    except Exception:  # no package, no driver, no GPU: each with an error of its own
+        raise ConfigError(
+            "gpu", None, "this machine has no NVIDIA GPU: name one", "gpu=rtx3070_8gb, gpu=colab_t4, gpu=h200_141gb, or gpu.memory_gib=12"
+        ) from None
+    name = title if isinstance(title, str) else title.decode()
+    known = _by_title(name)
+    teraflops = known.teraflops if known is not None else 70.0
+    return Card(name, int(memory.total), capability, teraflops, float(watts), busy=int(memory.used))
+
+
+def _by_title(title: str) -> Card | None:
+    """The known card of a driver's name, as `NVIDIA GeForce RTX 4060 Ti`."""
+    words = set(re.sub(r"[^a-z0-9]+", " ", title.lower()).split())
+    fits = [
+        card for card in CARDS.values() if {w for w in card.name.lower().split() if (w != "gb" and not w.isdigit()) or len(w) == 4} <= words
+    ]
+    return max(fits, key=lambda card: len(card.name), default=None)

@@ -1,0 +1,141 @@
+"""What to change where a run does not fit: the cheapest changes that make it fit, as overrides to paste, each with its price."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+
+from lorica.config import QuantizationSettings, TrainConfig
+from lorica.planning.lengths import Lengths
+
+SHORTEST = 128  # of model.max_length that is proposed
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change. overrides: to paste. price: what it costs. kind: changes of one kind replace each other."""
+
+    kind: str
+    overrides: tuple[str, ...]
+    price: str
+    apply: Callable[[TrainConfig], None]
+
+
+def makes_fit(config: TrainConfig, lengths: Lengths | None, fits: Callable[[TrainConfig], bool]) -> list[Change] | None:
+    """The cheapest changes, in the order of their price, after which the run fits; None where none do.
+
+    Args:
+        fits: whether a configuration does.
+    """
+    taken: dict[str, Change] = {}
+    for change in ladder(config, lengths):
+        taken[change.kind] = change
+        if fits(changed(config, taken.values())):
+            break
+    else:
+        return None
+    for kind in list(taken):  # dearest first are kept; what is not needed goes
+        without = [c for c in taken.values() if c.kind != kind]
+        if without and fits(changed(config, without)):
+            del taken[kind]
+    return list(taken.values())
+
+
+def alone(config: TrainConfig, lengths: Lengths | None, fits: Callable[[TrainConfig], bool]) -> list[Change]:
+    """Each single change that is enough by itself, the mildest of its kind."""
+    found: dict[str, Change] = {}
+    for change in ladder(config, lengths):
+        if change.kind not in found and fits(changed(config, [change])):
+            found[change.kind] = change
+    return list(found.values())
+
+
+def changed(config: TrainConfig, taken: Iterable[Change]) -> TrainConfig:
+    """A copy of a configuration with changes."""
+    copy = deepcopy(config)
+    for change in taken:
+        change.apply(copy)
+    return copy
+
+
+def ladder(config: TrainConfig, lengths: Lengths | None) -> Iterator[Change]:
+    """Every change that saves memory, cheapest first."""
+    t, model = config.trainer, config.model
+    if t.resident_weights:
+        yield _set(
+            "resident", "trainer.resident_weights=null", "the same numbers; 4-bit weights are made plain for each use, 5-15 % slower"
+        )
+    if t.gradient_checkpointing is not None and t.gradient_checkpointing != "offload" and t.gradient_checkpointing is not True:
+        yield _set(
+            "recompute", "trainer.gradient_checkpointing=null", "the same numbers; as many layers as needed run twice, up to 40 % slower"
+        )
+    if config.optimizer.name == "adamw":
+        yield _set("optimiser", "optimizer.name=adamw_8bit", "moments in 8 bits: nearly the same loss")
+    if model.lora is not None and not t.offload_embeddings:
+        yield _set("embeddings", "trainer.offload_embeddings=true", "the same numbers; rows are read over the bus, about 1 % slower")
+    if t.gradient_checkpointing != "offload":
+        yield _set(
+            "recompute",
+            "trainer.gradient_checkpointing=offload",
+            "the same numbers; every layer runs twice, its input waits in host memory",
+        )
+    yield from _smaller(config, lengths)
+    if model.quantization is None and model.lora is not None:
+        yield Change("bits", ("model.quantization={load_in_4bit:true}",), "NF4 weights: 9 % error each, a loss a little higher", _quantised)
+    length = model.max_length // 2
+    while length >= SHORTEST:
+        yield _shorter(config, lengths, length)
+        length //= 2
+
+
+def _smaller(config: TrainConfig, lengths: Lengths | None) -> Iterator[Change]:
+    """Micro-batches cut in half, with as many more of them a step: the same loss for the same rows."""
+    t = config.trainer
+    least = config.model.max_length
+    name = "tokens_per_batch" if t.tokens_per_batch is not None else "batch_size"
+    size, times = int(getattr(t, name) or 1), 2
+    least = least if name == "tokens_per_batch" else 1
+    while size // times >= least:
+        accumulated = t.accumulate_grad_batches * times
+        price = f"the same tokens a step in {times} parts: the loss of one large batch, shorter products, 5-30 % slower"
+        yield _set("batch", f"trainer.{name}={size // times}", price, f"trainer.accumulate_grad_batches={accumulated}")
+        times *= 2
+
+
+def _shorter(config: TrainConfig, lengths: Lengths | None, length: int) -> Change:
+    price = "cuts longer rows"
+    if lengths is not None:
+        rows, answers = lengths.shortened(length)
+        price = f"cuts {rows:.1%} of the rows" + ("" if lengths.classified else f", {answers:.1%} of the answers")
+    more = []
+    if config.trainer.tokens_per_batch is not None:
+        times = config.model.max_length // length
+        more = [f"trainer.tokens_per_batch={length}"]
+        before = max(1, config.trainer.tokens_per_batch // config.model.max_length)
+        more.append(f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches * before * times}")
+    return _set("length", f"model.max_length={length}", price, *more)
+
+
+def _quantised(config: TrainConfig) -> None:
+    config.model.quantization = QuantizationSettings()
+
+
+def _set(kind: str, text: str, price: str, *more: str) -> Change:
+    """A change of keys to plain values."""
+    overrides = (text, *more)
+
+    def apply(config: TrainConfig) -> None:
+        for override in overrides:
+            name, _, value = override.partition("=")
+            *parents, last = name.split(".")
+            owner: object = config
+            for parent in parents:
+                owner = getattr(owner, parent)
+            setattr(owner, last, _value(value))
+
+    return Change(kind, overrides, price, apply)
+
+
+def _value(text: str) -> object:
+    return {"null": None, "true": True, "false": False}.get(text, int(text) if text.isdigit() else text)

@@ -1,0 +1,248 @@
+"""A run's memory on a GPU, phase by phase, from the sizes of its model and of its batches.
+
+What torch's allocator hands out at its peak (`torch.cuda.max_memory_allocated`, which runs report as memory/peak_gib), in bytes. Beside
+it lie CUDA's context and what the allocator can't use for its pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lorica.planning.activations import Way, backward, kept, residual
+from lorica.planning.cards import Card
+from lorica.planning.shapes import Shape
+
+# As the product does it; tests/planning/test_memory.py holds these against the code that they are of.
+TILE_ELEMENTS = 1 << 25  # kernels.loss
+EVALUATION_ELEMENTS = 1 << 23  # kernels.loss
+PREDICTED_ELEMENTS = 1 << 26  # answering
+SPARE, SPARE_BYTES, PLENTY = 0.06, 256 << 20, 2  # models.fitting
+BLOCK, BLOCK2 = 64, 256  # bitsandbytes' NF4: weights to a scale, scales to a scale of theirs
+PIECES = 0.02  # share of the peak that the allocator holds besides, in pieces
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides a run's memory.
+
+    Attributes:
+        four_bit, double: the linears in NF4, its scales quantised too. trained: weights under training, adapters or all. beside: of these
+            those that stand beside a frozen copy (a classifier's head with adapters). head_adapted: the output head has an adapter.
+        tokens: of the largest micro-batch, padding included. rows: sequences in it. targets: places of it that are learnt.
+        evaluated: tokens of the largest evaluation batch. recomputed: layers computed again in backward. offload: their inputs in host
+            memory meanwhile. resident: 4-bit weights kept plain as well. host_embeddings: the input embeddings in host memory.
+    """
+
+    shape: Shape
+    way: Way
+    four_bit: bool
+    double: bool
+    trained: int
+    beside: int
+    head_adapted: bool
+    optimizer: str
+    tokens: int
+    rows: int
+    targets: int
+    evaluated: int
+    labels: int
+    recomputed: int = 0
+    offload: bool = False
+    resident: bool = False
+    host_embeddings: bool = False
+    fp8: bool = False
+
+
+Parts = dict[str, float]
+
+
+def total(parts: Parts) -> float:
+    """Bytes of a phase at its peak."""
+    return sum(parts.values())
+
+
+def weights(job: Job) -> Parts:
+    """The model as it lies on the card."""
+    shape, b = job.shape, 4 if job.way.full else job.way.b
+    own = shape.weights - (shape.embeddings if job.host_embeddings else 0)
+    if not job.four_bit:
+        return {"weights": float(b * own)}
+    coded = shape.in_linears
+    scales = coded / BLOCK * (1 + 4 / BLOCK2 if job.double else 4)
+    return {"weights": b * (own - coded) + coded / 2, "quantisation state": scales}
+
+
+def plain_weights(job: Job) -> float:
+    """Bytes of the 4-bit weights under adapters, plain (or in FP8, with their transposes)."""
+    adapted = job.shape.layers * sum(one.weights for one in job.way.adapted)
+    return float(adapted * job.way.b)
+
+
+def state(job: Job) -> float:
+    """Bytes of the optimiser's state on the card; paged states leave it where every layer is computed again."""
+    if job.optimizer == "paged_adamw_8bit" and job.recomputed >= job.shape.layers:
+        return 0.0
+    each = {"sgd": 0.0, "adamw": 8.0}.get(job.optimizer, 2 * (1 + 4 / 256))
+    return each * job.trained
+
+
+def stays(job: Job) -> Parts:
+    """What training holds all along."""
+    trained = {"gradients": 4.0 * job.trained, "optimiser": state(job)}
+    found = {**weights(job), **({} if job.way.full else {"adapters": 4.0 * job.trained}), **trained}
+    if job.resident:
+        found["4-bit weights kept plain"] = plain_weights(job)
+    return found
+
+
+def logits(job: Job) -> float:
+    """Bytes of the output head's largest moment: a tile's logits in fp32 and two of their size for the gradient; hidden states of the
+    places that are learnt, and their gradients."""
+    shape, b = job.shape, job.way.b
+    if not shape.decoder:
+        return 3 * 4.0 * job.rows * max(job.labels, 1)
+    if job.labels and shape.head == job.labels * shape.hidden:  # a causal base with a classifier's head
+        return 3 * 4.0 * job.rows * job.labels
+    tile = min(job.targets, max(1, TILE_ELEMENTS // shape.vocabulary))
+    return 12.0 * tile * shape.vocabulary + 2.0 * b * job.targets * shape.hidden
+
+
+def ends(job: Job) -> float:
+    """Bytes a run of layers leaves at both of its ends: the last norm's input in fp32 and its result, positions; embeddings' own norm."""
+    shape, b = job.shape, job.way.b
+    if shape.decoder:
+        each = (4 * shape.hidden if b < 4 or job.way.full else 0) + b * shape.hidden + 2 * 2 * b * shape.queries // shape.heads
+        return float(job.tokens * each)
+    trained = (4 + (1 if shape.dropout else 0)) * shape.hidden if job.way.full else 0
+    return float(job.tokens * (trained + residual(shape, job.way) * shape.hidden))
+
+
+def train(job: Job, card: Card) -> Parts:
+    """A micro-step's peak, over its moments: the head's gradient with every layer's activations there, the last layer's backward, the
+    backward of the layers that are computed again."""
+    shape, way = job.shape, job.way
+    own = kept(shape, way)
+    again = min(job.recomputed, shape.layers)
+    waiting = 0.0 if job.offload else own.input * job.tokens * again
+    whole = (own.a_token * job.tokens + own.once) * (shape.layers - again) + waiting
+    passed = residual(shape, way) * shape.hidden * job.tokens  # the gradient between two layers
+    moments = [(whole, ends(job), logits(job))]
+    if again < shape.layers:
+        grads = backward(shape, way, again=False)
+        moments.append((whole, passed, grads.a_token * job.tokens + grads.once))
+    if again:
+        grads = backward(shape, way, again=True)
+        at_last = waiting + (own.input * job.tokens if job.offload else 0.0)
+        moments.append((at_last, passed, grads.a_token * job.tokens + grads.once))
+    kept_at, passed_at, working = max(moments, key=sum)
+    return {
+        **stays(job),
+        "activations": kept_at + passed_at,
+        "logits" if working == logits(job) else "backward of a layer": working,
+        **dequantised(job),
+        "library workspaces": float(card.workspace),
+    }
+
+
+def dequantised(job: Job) -> Parts:
+    """A 4-bit weight made plain for one product."""
+    if not job.four_bit or job.resident:
+        return {}
+    return {"a dequantised weight": float(job.way.b * max(one.weights for one in job.shape.linears))}
+
+
+def forward(job: Job, tokens: int) -> float:
+    """Bytes that a forward without gradients takes at its widest."""
+    shape, b = job.shape, job.way.b
+    wide = (3 if shape.gated else 2) * shape.inner
+    heads = shape.queries + 2 * shape.keys + shape.queries
+    return float(tokens * (2 * residual(shape, job.way) * shape.hidden + b * max(wide + shape.hidden, heads + 2 * shape.hidden)))
+
+
+def evaluate(job: Job, card: Card) -> Parts:
+    """Validation between steps: gradients and the optimiser's state stay; batches shrink until they take no more than training."""
+    held = {**stays(job), **dequantised(job), "library workspaces": float(card.workspace)}
+    most = max(0.0, total(train(job, card)) - total(held))
+    tile = (
+        12.0 * min(job.evaluated, EVALUATION_ELEMENTS // max(1, job.shape.vocabulary)) * job.shape.vocabulary if job.shape.decoder else 0.0
+    )
+    return {**held, "activations": min(most, forward(job, job.evaluated) + tile)}
+
+
+def load(job: Job, card: Card) -> Parts:
+    """Reading the weights: each is on the card as it is in its file, and then in 4 bits."""
+    if not job.four_bit:
+        return weights(job)
+    return {**weights(job), "a weight before it is quantised": float(job.way.b * max(one.weights for one in job.shape.linears))}
+
+
+def save(job: Job, card: Card) -> Parts:
+    """Writing the state: copies go to host memory one by one."""
+    return stays(job)
+
+
+def merge(job: Job, card: Card) -> Parts:
+    """`lorica merge`: the adapter's model and the merged one answer the same rows, one after the other."""
+    plain = replace(job, four_bit=False, resident=False, way=replace(job.way, full=False), host_embeddings=False)
+    return {**weights(plain), "activations": forward(plain, 2048), "library workspaces": float(card.workspace)}
+
+
+def predict(job: Job, card: Card) -> Parts:
+    """`lorica predict` with the adapter, where labels are scored; generation keeps keys and values besides."""
+    tokens = max(1, PREDICTED_ELEMENTS // job.shape.hidden)
+    adapters = {} if job.way.full else {"adapters": 4.0 * job.trained}
+    return {
+        **weights(replace(job, host_embeddings=False)),
+        **adapters,
+        "activations": forward(job, tokens),
+        **dequantised(replace(job, resident=False)),
+        "library workspaces": float(card.workspace),
+    }
+
+
+PHASES = {"load": load, "train": train, "evaluate": evaluate, "save": save, "merge": merge, "predict": predict}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a job runs on a card. peak: bytes in training. fits: whether that is within its memory."""
+
+    job: Job
+    peak: float
+    fits: bool
+
+
+def settle(job: Job, card: Card, asked: bool | int | str | None, resident: bool | None) -> Fit:
+    """How the run's layers will run on a card, as `models.fitting` finds out by trying.
+
+    Args:
+        asked: `trainer.gradient_checkpointing`. resident: `trainer.resident_weights`.
+    """
+    layers, usable = job.shape.layers, card.usable
+
+    def ran(**changes: object) -> Job:
+        return replace(job, **changes)  # type: ignore[arg-type]
+
+    def peak(one: Job) -> float:
+        return total(train(one, card))
+
+    if job.four_bit and resident is not False and not asked:
+        plain = ran(resident=True, recomputed=0, offload=False)
+        room = PLENTY * plain_weights(plain) < usable - total(stays(job)) + total({"gradients": 4.0 * job.trained})
+        if resident or (room and peak(plain) < usable * (1 - SPARE) - SPARE_BYTES):
+            return _fit(plain, card)
+    if asked is not None:
+        all_of_them = asked is True or asked == "offload"
+        count = layers if all_of_them else 0 if asked is False else min(int(asked), layers)
+        return _fit(ran(recomputed=count, offload=asked == "offload", resident=bool(resident)), card)
+    for count in range(layers + 1):
+        one = ran(recomputed=count, offload=False, resident=bool(resident))
+        if peak(one) <= usable * (1 - SPARE) - SPARE_BYTES:
+            return _fit(one, card)
+    found = _fit(ran(recomputed=layers, offload=False), card)
+    return found if found.fits else _fit(ran(recomputed=layers, offload=True), card)
+
+
+def _fit(job: Job, card: Card) -> Fit:
+    peak = max(total(PHASES[phase](job, card)) for phase in ("load", "train", "evaluate", "save"))
+    return Fit(job, total(train(job, card)), peak * (1 + PIECES) <= card.usable)

@@ -1,0 +1,225 @@
+"""`lorica plan`: will it fit, on this card, and how long; and what to change where it does not fit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lorica.config import ClassificationDataConfig, ConfigError, PlanConfig, TrainConfig
+from lorica.planning import cards, changes, memory
+from lorica.planning.cards import GIB, Card
+from lorica.planning.jobs import Batches, job_of
+from lorica.planning.lengths import Lengths, look
+from lorica.planning.pace import Pace, pace
+from lorica.planning.shapes import Shape, find_shape
+from lorica.screen import Screen, duration, short
+
+PHASES = ("load", "train", "evaluate", "save", "merge", "predict")
+LEAST = 0.005  # GiB that a cell shows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a run before it begins."""
+
+    shape: Shape
+    card: Card
+    lengths: Lengths | None
+    fit: memory.Fit
+    sizes: Batches
+    pace: Pace
+
+
+def make(config: TrainConfig, card: Card, shape: Shape, lengths: Lengths | None) -> Plan:
+    """The plan of a run on a card."""
+    job, sizes = job_of(config, shape, card, lengths)
+    fit = memory.settle(job, card, config.trainer.gradient_checkpointing, config.trainer.resident_weights)
+    epochs = float(config.trainer.max_epochs) if config.trainer.max_epochs > 0 else None
+    return Plan(shape, card, lengths, fit, sizes, pace(fit.job, sizes, card, epochs, lengths.rows if lengths is not None else None))
+
+
+def run(config: PlanConfig, train: TrainConfig) -> int:
+    """Print the plan; 0 where the run fits, 1 where it does not.
+
+    Raises:
+        ConfigError: no such card; a base or rows that can't be had.
+    """
+    card = cards.choose(config.gpu)
+    lengths = look(train, config.rows)
+    labels = lengths.labels if lengths is not None else _labels(train)
+    shape = find_shape(train.model, labels)
+    if shape.positions is not None and train.model.max_length > shape.positions:
+        raise ConfigError(
+            "model.max_length",
+            train.model.max_length,
+            f"{train.model.base} has {shape.positions} positions",
+            f"model.max_length={shape.positions}",
+        )
+    plan = make(train, card, shape, lengths)
+    found = None if plan.fit.fits else proposals(train, card, shape, lengths)
+    if config.json:
+        print(json.dumps(as_json(plan, found, config), indent=2))
+    else:
+        _show(plan, train, config, found)
+    return 0 if plan.fit.fits else 1
+
+
+def _labels(train: TrainConfig) -> int:
+    given = train.data.labels if isinstance(train.data, ClassificationDataConfig) else None
+    return len(given) if given is not None else 4
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Changes that make a run fit. plan: with them."""
+
+    taken: list[changes.Change]
+    plan: Plan
+
+
+def proposals(train: TrainConfig, card: Card, shape: Shape, lengths: Lengths | None) -> list[Proposal]:
+    """The cheapest ones, and single ones that are enough by themselves."""
+
+    def fits(config: TrainConfig) -> bool:
+        return make(config, card, shape, lengths).fit.fits
+
+    ways = [cheapest] if (cheapest := changes.makes_fit(train, lengths, fits)) is not None else []
+    ways += [[one] for one in changes.alone(train, lengths, fits) if [one] not in ways]
+    return [Proposal(way, make(changes.changed(train, way), card, shape, lengths)) for way in ways]
+
+
+def parts(plan: Plan) -> dict[str, memory.Parts]:
+    """Bytes of each phase, by what they are."""
+    return {name: memory.PHASES[name](plan.fit.job, plan.card) for name in PHASES}
+
+
+def how(plan: Plan) -> str:
+    """How the layers run."""
+    job = plan.fit.job
+    ways = ["compiled" if job.way.compiled else "not compiled"]
+    if job.resident:
+        ways.append("4-bit weights kept plain as well")
+    if not job.recomputed:
+        ways.append("activations kept")
+    elif job.recomputed == job.shape.layers:
+        ways.append("every layer computed again in backward" + (", its input in host memory meanwhile" if job.offload else ""))
+    else:
+        ways.append(f"{job.recomputed} of {job.shape.layers} layers computed again in backward")
+    return ", ".join(ways)
+
+
+def as_json(plan: Plan, found: list[Proposal] | None, config: PlanConfig) -> dict[str, Any]:
+    """Everything as numbers: bytes and seconds."""
+    job = plan.fit.job
+    return {
+        "fits": plan.fit.fits,
+        "peak_bytes": round(plan.fit.peak),
+        "usable_bytes": plan.card.usable,
+        "card": asdict(plan.card),
+        "model": {"weights": plan.shape.weights, "trained": job.trained, "exact": plan.shape.exact},
+        "micro_batch": asdict(plan.sizes),
+        "layers": {
+            "compiled": job.way.compiled,
+            "flat": job.way.flat,
+            "recomputed": job.recomputed,
+            "offload": job.offload,
+            "resident": job.resident,
+        },
+        "phases": {name: {part: round(size) for part, size in found.items()} for name, found in parts(plan).items()},
+        "rows": None if plan.lengths is None else {"rows": plan.lengths.rows, "tokens_counted": plan.lengths.counted},
+        "time": asdict(plan.pace),
+        "changes": None
+        if found is None
+        else [
+            {
+                "overrides": [o for c in p.taken for o in c.overrides],
+                "price": [c.price for c in p.taken],
+                "peak_bytes": round(p.plan.fit.peak),
+            }
+            for p in found
+        ],
+    }
+
+
+def _show(plan: Plan, train: TrainConfig, config: PlanConfig, found: list[Proposal] | None) -> None:
+    screen, card = Screen(), plan.card
+    screen.facts(f"lorica plan: {train.data.name} with {train.model.name}", _facts(plan, train, config))
+    screen.print(_table(plan))
+    verdict = f"peak {plan.fit.peak / GIB:.2f} GiB in training, {card.usable / GIB:.2f} GiB usable on {card.name}"
+    screen.print(f"{'fits' if plan.fit.fits else 'does NOT fit'}: {verdict}")
+    if found is None:
+        return
+    if not found:
+        screen.print("nothing that Lorica can change makes it fit: a smaller model.base, or a larger card")
+    for i, proposal in enumerate(found):
+        screen.print("what makes it fit, cheapest first:" if i == 0 else "or by itself:" if i == 1 else "or:")
+        screen.print("  " + " ".join(o for change in proposal.taken for o in change.overrides))
+        for change in proposal.taken:
+            screen.print(f"    {change.overrides[0].partition('=')[0]}: {change.price}")
+        seconds = proposal.plan.pace.epoch
+        slow = f", {duration(seconds)} an epoch" if seconds is not None else ""
+        screen.print(f"    then {proposal.plan.fit.peak / GIB:.2f} GiB{slow}")
+
+
+def _facts(plan: Plan, train: TrainConfig, config: PlanConfig) -> list[tuple[str, str]]:
+    job, card, lengths, took = plan.fit.job, plan.card, plan.lengths, plan.pace
+    guess = "" if plan.shape.exact else " (its layers are not known: a rough figure)"
+    rows = [("model", f"{train.model.base}, {short(plan.shape.weights)} weights, {short(job.trained)} trained{guess}")]
+    if lengths is not None:
+        cut, answers = lengths.shortened(train.model.max_length)
+        about = "" if lengths.counted else "about "
+        mean = float((lengths.prompts + lengths.answers).mean())
+        told = (
+            f"{lengths.rows:,} training rows of {about}{mean:,.0f} tokens; model.max_length={train.model.max_length} cuts {cut:.1%} of them"
+        )
+        rows.append(("data", told + ("" if lengths.classified else f", {answers:.1%} of the answers")))
+    else:
+        rows.append(("data", f"not at hand: rows of model.max_length={train.model.max_length} are assumed"))
+    rows.append(
+        (
+            "micro-batch",
+            f"{job.tokens:,} tokens x {train.trainer.accumulate_grad_batches} accumulated, {'end to end' if job.way.flat else 'padded'}",
+        )
+    )
+    rows.append(("layers", how(plan)))
+    rows.append(
+        (
+            "card",
+            f"{card.name}: {card.memory / GIB:.2f} GiB, {card.usable / GIB:.2f} usable beside CUDA's own"
+            + (f" and {card.busy / GIB:.2f} in use" if card.busy else ""),
+        )
+    )
+    source = "by rates measured on an H200" if took.measured else "estimated from rates measured on an H200, +-40 %"
+    if took.whole is not None and took.epoch is not None and took.joules is not None:
+        told = f"{duration(took.epoch)} an epoch, {duration(took.whole)} in all; {took.tokens:,.0f} tokens/s ({source})"
+        rows.append(("time", told))
+        kwh = took.joules / 3.6e6
+        costs = [f"{kwh:.3g} kWh" if kwh >= 1 else f"{1000 * kwh:.3g} Wh"]
+        if config.price_per_kwh is not None:
+            costs.append(f"{kwh * config.price_per_kwh:.2f} for electricity")
+        if config.price_per_hour is not None:
+            costs.append(f"{took.whole / 3600 * config.price_per_hour:.2f} for the card")
+        rows.append(("energy", ", ".join(costs)))
+    else:
+        rows.append(("time", f"{took.tokens:,.0f} tokens/s ({source})"))
+    return rows
+
+
+def _table(plan: Plan) -> Any:
+    """GiB by phase and by what they are."""
+    from rich.table import Table
+
+    found = parts(plan)
+    names = list(dict.fromkeys(part for of_phase in found.values() for part in of_phase))
+    table = Table(title="GiB", title_justify="left", title_style="bold")
+    table.add_column("")
+    for phase in found:
+        table.add_column(phase, justify="right")
+    for name in names:
+        cells = [found[phase].get(name, 0.0) / GIB for phase in found]
+        if any(cell >= LEAST for cell in cells):
+            table.add_row(name, *(f"{cell:.2f}" if cell >= LEAST else "" for cell in cells))
+    table.add_section()
+    table.add_row("at the peak", *(f"{memory.total(found[phase]) / GIB:.2f}" for phase in found))
+    return table

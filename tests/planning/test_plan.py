@@ -1,0 +1,124 @@
+"""`lorica plan`: what is printed, what makes a run fit, and how long it takes to say so."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from lorica.composition import compose
+from lorica.planning import changes, runner
+from lorica.planning.cards import CARDS
+from lorica.planning.lengths import look
+from lorica.planning.shapes import find_shape
+
+Lorica = Callable[..., tuple[int, str]]
+
+
+def planned(*overrides: str, card: str = "rtx3070_8gb") -> runner.Plan:
+    config = compose("train", list(overrides))
+    lengths = look(config, 2000)
+    return runner.make(config, CARDS[card], find_shape(config.model, 3), lengths)
+
+
+def test_a_run_that_fits(lorica: Lorica) -> None:
+    code, printed = lorica("plan", "model=mistral_qlora", "data=sentiment", "gpu=rtx3070_8gb")
+    assert code == 0
+    for said in ("load", "train", "evaluate", "save", "merge", "predict", "quantisation state", "fits: peak", "an epoch", "Wh"):
+        assert said in printed
+
+
+def test_a_run_that_does_not_fit_is_told_what_to_change(lorica: Lorica) -> None:
+    wanted = ["model=mistral_lora", "data=healthcare_qa", "gpu=rtx4070_12gb"]
+    code, printed = lorica("plan", *wanted)
+    assert code == 1 and "does NOT fit" in printed and "what makes it fit" in printed
+    command = next(line for line in printed.splitlines() if line.startswith("  model.quantization"))
+    code, printed = lorica("plan", *wanted, *command.split())
+    assert code == 0 and "fits: peak" in printed
+
+
+@pytest.mark.parametrize("gpu", ["rtx3070_8gb", "t4_16gb", "l4_24gb", "a100_40gb"])
+@pytest.mark.parametrize("model", ["mistral_lora", "mistral_qlora"])
+def test_every_proposal_fits_as_it_is_pasted(model: str, gpu: str) -> None:
+    wanted = [f"model={model}", "data=healthcare_qa", "trainer.tokens_per_batch=16384", "trainer.gradient_checkpointing=false"]
+    config = compose("train", wanted)
+    shape, lengths, card = find_shape(config.model, 0), look(config, 2000), CARDS[gpu]
+    if runner.make(config, card, shape, lengths).fit.fits:
+        pytest.skip("fits as it is")
+    found = runner.proposals(config, card, shape, lengths)
+    assert found
+    for proposal in found:
+        pasted = compose("train", [*wanted, *(o for change in proposal.taken for o in change.overrides)])
+        assert runner.make(pasted, card, shape, lengths).fit.fits
+
+
+def test_no_change_of_the_cheapest_can_be_left_out() -> None:
+    config = compose("train", ["model=mistral_lora", "data=healthcare_qa", "trainer.tokens_per_batch=8192"])
+    shape, lengths, card = find_shape(config.model, 0), look(config, 2000), CARDS["rtx3070_8gb"]
+
+    def fits(one: object) -> bool:
+        return runner.make(one, card, shape, lengths).fit.fits  # type: ignore[arg-type]
+
+    taken = changes.makes_fit(config, lengths, fits)
+    assert taken
+    for left_out in taken:
+        assert not fits(changes.changed(config, [c for c in taken if c is not left_out]))
+
+
+def test_what_can_not_fit_is_said_to(lorica: Lorica) -> None:
+    code, printed = lorica("plan", "model=mistral_lora", "data=sentiment", "gpu.memory_gib=2")
+    assert code == 1 and "nothing that Lorica can change makes it fit" in printed
+
+
+def test_as_json(lorica: Lorica) -> None:
+    code, printed = lorica("plan", "model=roberta_full", "data=ag_news", "gpu=t4", "json=true")
+    said = json.loads(printed)
+    assert code == 0 and said["fits"] and said["model"]["weights"] == said["model"]["trained"] == 124_648_708
+    assert said["phases"]["train"]["optimiser"] == 8 * 124_648_708
+    assert said["peak_bytes"] == pytest.approx(sum(said["phases"]["train"].values()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        (["gpu=rtx9090"], "must be one of rtx3060_12gb"),
+        (["gpu=l4", "model.max_length=600"], "MiniLM-L6-v2 has 512 positions"),
+        (["gpus=l4"], "gpu=l4"),
+        (["gpu=l4", "model.lora.ran=8"], "model.lora.r"),
+        (["gpu=l4", "model=mistral_qlora", "model.base=someone/unheard-of"], "HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_mistakes(typed: list[str], says: str, lorica: Lorica) -> None:
+    code, printed = lorica("plan", *typed)
+    assert code == 2 and says in printed
+
+
+def test_costs_are_said_where_prices_are_given(lorica: Lorica) -> None:
+    _, printed = lorica("plan", "model=mistral_qlora", "data=healthcare_qa", "gpu=h200", "price_per_hour=4", "price_per_kwh=0.3")
+    assert "for electricity" in printed and "for the card" in printed
+
+
+def test_the_order_of_cards_by_speed_is_that_of_their_makers() -> None:
+    seconds = [
+        planned("model=mistral_qlora", "data=healthcare_qa", card=card).pace.epoch
+        for card in ("rtx3070_8gb", "l4_24gb", "a100_80gb", "h200_141gb")
+    ]
+    assert all(s is not None for s in seconds) and seconds == sorted(seconds, reverse=True)  # type: ignore[type-var]
+
+
+@pytest.mark.alone
+def test_it_answers_within_two_and_a_half_seconds_and_imports_no_torch() -> None:
+    program = "import sys; from lorica.cli import main\ntry: main('plan', ['model=mistral_qlora', 'data=sentiment', 'gpu=rtx3070_8gb'])\n"
+    program += "finally: print(sorted({'torch', 'transformers', 'lightning', 'peft'} & set(sys.modules)))"
+    best = 99.0
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ}, check=True)
+        best = min(best, time.perf_counter() - began)
+    assert done.stdout.strip().endswith("[]")
+    assert best <= 2.5
