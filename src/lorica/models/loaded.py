@@ -14,6 +14,7 @@ from lorica.data import token_contract
 from lorica.data.encoding import build_encoder
 from lorica.data.module import LoricaDataModule
 from lorica.hardware import Machine
+from lorica.hub import TINY
 from lorica.kernels import attention, dropout
 from lorica.kernels.layers import Layers
 from lorica.launch import wait_for_all
@@ -62,7 +63,7 @@ def prepare(
     """
     settings = config.model
     name = settings.base
-    if name == base.TINY:
+    if name == TINY:
         name = str(base.build_tiny_mistral(folder / "base", config.seed) if main else folder / "base")
         wait_for_all()
     found = base.find_base(name, settings.revision)
