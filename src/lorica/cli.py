@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 
 from lorica.checks import nearest, sibling
 from lorica.composition import complete, compose, compose_tree, group_options, register_plugins
-from lorica.config import VERBS, CompareConfig, ConfigError, PlanConfig
+from lorica.config import VERBS, CompareConfig, ConfigError, DoctorConfig, PlanConfig
 from lorica.secrets import redact
 
-FLAGS = ("help", "multirun", "cfg", "config-dir")
+FLAGS = ("help", "multirun", "cfg", "config-dir", "json")
 RUNNERS = {
     "train": "lorica.train",
     "predict": "lorica.predict",
@@ -23,6 +23,7 @@ RUNNERS = {
     "export": "lorica.exports.runner",
     "push": "lorica.push",
 }
+WITH_JSON = ("doctor", "plan")
 WITH_TRAINS = ("compare", "plan")  # every other key and group is one of train's
 USAGE = f"""usage: lorica VERB [group=option ...] [key=value ...]
 verbs: {", ".join(VERBS)}
@@ -64,6 +65,8 @@ def run(verb: str, args: list[str]) -> int:
     if any(a in ("-sc", "--shell-completion") for a in args):
         return complete(verb, args)
     typed, flags = _split(args)
+    if flags["json"] and verb != "doctor":
+        raise ConfigError("--json", None, f"is a flag of doctor, not of {verb}", "leave it out")
     overrides, for_train = _own(verb, typed, flags["config_dir"])
     if flags["show"] == "job" and flags["multirun"]:
         raise ConfigError("--cfg", "job", "shows one run, not a grid", "leave -m and --multirun out, with one value a key")
@@ -76,6 +79,8 @@ def run(verb: str, args: list[str]) -> int:
         from lorica.grid import run_grid
 
         return run_grid(overrides, lambda cell: compose(verb, cell, flags["config_dir"]), flags["config_dir"])
+    if verb == "doctor":
+        return _doctor(overrides, flags)
     config = compose(verb, overrides, flags["config_dir"])
     if isinstance(config, CompareConfig):
         from lorica.compare import run_compare
@@ -85,13 +90,26 @@ def run(verb: str, args: list[str]) -> int:
     if isinstance(config, PlanConfig):
         from lorica.planning.runner import run as plan
 
-        return plan(config, compose("train", for_train, flags["config_dir"]))
+        return plan(config, compose("train", for_train, flags["config_dir"]), flags["json"])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     runner = "lorica.resume_drill" if getattr(config, "drill", None) == "resume" else RUNNERS[verb]
     code: int = importlib.import_module(runner).run(config)
     if (loggers := sys.modules.get("lorica.loggers")) is not None:
         loggers.leave(code)
     return code
+
+
+def _doctor(overrides: list[str], flags: dict[str, Any]) -> int:
+    """Look at the machine, also where what reads configurations is broken: the checks say that."""
+    from lorica.doctor import runner
+
+    try:
+        config: DoctorConfig = compose("doctor", overrides, flags["config_dir"])
+        chosen = compose_tree("train", [f"model={config.model or 'mistral_qlora'}"], flags["config_dir"]).model
+    except ImportError as e:
+        print(redact(f"lorica: keys can't be read ({e}); what they are by default is looked at"), file=sys.stderr)
+        return runner.run(DoctorConfig(), None, None, flags["json"])
+    return runner.run(config, config.base or chosen.base, None if config.base else chosen.revision, flags["json"])
 
 
 def _own(verb: str, typed: list[str], config_dir: str | None) -> tuple[list[str], list[str]]:
@@ -115,14 +133,16 @@ def _own(verb: str, typed: list[str], config_dir: str | None) -> tuple[list[str]
 
 
 def _split(args: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Overrides, and the flags, named as Hydra names them: -m, -cd DIR, --cfg job, --help."""
+    """Overrides, and the flags, named as Hydra names them: -m, -cd DIR, --cfg job, --help; --json is doctor's."""
     overrides: list[str] = []
-    flags: dict[str, Any] = {"multirun": False, "config_dir": None, "show": None}
+    flags: dict[str, Any] = {"multirun": False, "config_dir": None, "show": None, "json": False}
     rest = iter(args)
     for arg in rest:
         name, _, given = arg.partition("=")
         if arg in ("-m", "--multirun"):
             flags["multirun"] = True
+        elif arg == "--json":
+            flags["json"] = True
         elif arg in ("-h", "--help"):
             flags["show"] = "help"
         elif name in ("-c", "--cfg"):
@@ -158,6 +178,7 @@ def _screen(verb: str, what: str, overrides: list[str], config_dir: str | None) 
     )
     return (
         (f"usage: lorica {verb} [group=option ...] [key=value ...] [-m]" if groups else f"usage: lorica {verb} key=value ...")
+        + (" [--json]" if verb in WITH_JSON else "")
         + " [--cfg job] [--config-dir DIR] [-sc install=bash]\n\n"
         + (f"groups\n{groups}\n" if groups else "")
         + ("every group and key of train too: lorica train --help\n\n" if verb in WITH_TRAINS else "")

@@ -39,6 +39,7 @@ VERBATIM = {
     "merge": ("run", "output", "base", "sample"),
     "export": ("run", "format", "base", "sample", "llama_cpp"),
     "push": ("run", "repo"),
+    "doctor": ("base", "outputs"),
 }
 LICENCES = {
     "model.license": ("model.base",),

@@ -561,7 +561,6 @@ class PlanConfig:
     rows: int = key(2000, "training rows that are looked at for their lengths", unit="examples", low=1)
     price_per_kwh: float | None = key(None, "of electricity in your currency; null: its cost is not said", low=0)
     price_per_hour: float | None = key(None, "of a rented GPU in your currency; null: its cost is not said", low=0)
-    json: bool = key(False, "print the plan as JSON")
 
 
 @dataclass
@@ -582,6 +581,18 @@ class CompareConfig:
     price_per_kwh: float | None = key(None, "of electricity in your currency, for what training costs; null: costs are not said", low=0)
 
 
+@dataclass
+class DoctorConfig:
+    """`lorica doctor`. `--json` prints a list of objects instead of lines."""
+
+    model: str | None = key(
+        None, "option of the group model whose base must be had; null: mistral_qlora's is looked for, and only warned about"
+    )
+    base: str | None = key(None, "look for this base instead: a local folder, or a repository on the Hugging Face hub")
+    outputs: str = key("outputs", "folder that runs are written to; what is not there is made, and taken away again")
+    timeout: float = key(8.0, "what has not come to an end by then is given up", unit="seconds", low=1.0, high=600.0)
+
+
 VERBS: dict[str, type] = {
     "train": TrainConfig,
     "predict": PredictConfig,
@@ -590,6 +601,7 @@ VERBS: dict[str, type] = {
     "compare": CompareConfig,
     "push": PushConfig,
     "plan": PlanConfig,
+    "doctor": DoctorConfig,
 }
 
 # The dataclass of each registered data module and of each logger. Packages add their data modules by the entry point

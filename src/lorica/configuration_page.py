@@ -36,12 +36,12 @@ python predict.py run=outputs/latest text="Late goal wins the cup, 3-2"
 ```
 
 Values are written in Hydra's grammar, hence the quotes in quotes. `text`, `format` and the paths of
-`predict`, `merge` and `export` are taken as they are: commas, apostrophes and umlauts need the shell's quotes only.
+`predict`, `merge`, `export` and `doctor` are taken as they are: commas, apostrophes and umlauts need the shell's quotes only.
 
-`lorica VERB ...` does the same where the package is installed; the verbs are `train`, `predict`, `merge`, `export`, `push` and
-`compare`. Groups and `-m` belong to `train`; `compare` takes its groups and keys too, for all of its models. Each combination of a
-grid is a process and a run folder of its own, under `outputs/grids/`; one that is finished is not run again, and a key is left out of
-combinations that have no use for it (`model.lora.r` with `model=minilm_full`).
+`lorica VERB ...` does the same where the package is installed; the verbs are `train`, `predict`, `merge`, `export`, `push`,
+`compare` and `doctor`. Groups and `-m` belong to `train`; `compare` takes its groups and keys too, for all of its models. Each
+combination of a grid is a process and a run folder of its own, under `outputs/grids/`; one that is finished is not run again, and a
+key is left out of combinations that have no use for it (`model.lora.r` with `model=minilm_full`).
 
 A later source wins: the schema's default, the YAML of the chosen groups, `experiment=`, `debug=`, the keys on the command line. A
 group named on the command line takes the place of the one that an experiment chooses, but the values that the experiment or
@@ -59,7 +59,7 @@ loaded, with the key, the value, the rule and what to type instead.
 | exit code | meaning |
 |---|---|
 | 0 | done |
-| 1 | failed: training (the traceback is in train.log), runs of a grid, or rows of an input file that got no prediction |
+| 1 | failed: training (the traceback is in train.log), runs of a grid, rows of a file that got no prediction, a check of `doctor` |
 | 2 | the configuration, a file or the machine can't be used for this |
 | 75 | asked to stop; what is done is kept: `train` goes on with `resume=auto`, `predict` with the same command |
 | 130 | interrupted, with nothing kept |

@@ -279,3 +279,12 @@ def test_an_encoder_with_adapters_and_dropout_trains(tiny_mistral: Path, tmp_pat
         main("train", ["model=roberta_lora", f"model.base={base}", "data=ag_news", f"run_dir={run}", *steps])
     assert end.value.code == 0, (run / "train.log").read_text()[-3000:]
     assert "captured as CUDA graphs" in (run / "train.log").read_text()
+
+
+def test_the_doctor_finds_the_gpu_sound(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lorica", "doctor", "--json", "timeout=120"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    for name in ("torch", "gpu", "compiler", "triton", "bitsandbytes", "attention"):
+        assert checks[name]["verdict"] == "ok", checks[name]
+    assert "took a step" in checks["bitsandbytes"]["found"] and "compiled a kernel" in checks["triton"]["found"]

@@ -76,7 +76,7 @@ def test_what_can_not_fit_is_said_to(lorica: Lorica) -> None:
 
 
 def test_as_json(lorica: Lorica) -> None:
-    code, printed = lorica("plan", "model=roberta_full", "data=ag_news", "gpu=t4", "json=true")
+    code, printed = lorica("plan", "model=roberta_full", "data=ag_news", "gpu=t4", "--json")
     said = json.loads(printed)
     assert code == 0 and said["fits"] and said["model"]["weights"] == said["model"]["trained"] == 124_648_708
     assert said["phases"]["train"]["optimiser"] == 8 * 124_648_708

@@ -39,9 +39,11 @@ def make(config: TrainConfig, card: Card, shape: Shape, lengths: Lengths | None)
     return Plan(shape, card, lengths, fit, sizes, pace(fit.job, sizes, card, epochs, lengths.rows if lengths is not None else None))
 
 
-def run(config: PlanConfig, train: TrainConfig) -> int:
+def run(config: PlanConfig, train: TrainConfig, as_numbers: bool = False) -> int:
     """Print the plan; 0 where the run fits, 1 where it does not.
 
+    Args:
+        as_numbers: as JSON.
     Raises:
         ConfigError: no such card; a base or rows that can't be had.
     """
@@ -58,8 +60,8 @@ def run(config: PlanConfig, train: TrainConfig) -> int:
         )
     plan = make(train, card, shape, lengths)
     found = None if plan.fit.fits else proposals(train, card, shape, lengths)
-    if config.json:
-        print(json.dumps(as_json(plan, found, config), indent=2))
+    if as_numbers:
+        print(json.dumps(as_json(plan, found), indent=2))
     else:
         _show(plan, train, config, found)
     return 0 if plan.fit.fits else 1
@@ -109,7 +111,7 @@ def how(plan: Plan) -> str:
     return ", ".join(ways)
 
 
-def as_json(plan: Plan, found: list[Proposal] | None, config: PlanConfig) -> dict[str, Any]:
+def as_json(plan: Plan, found: list[Proposal] | None) -> dict[str, Any]:
     """Everything as numbers: bytes and seconds."""
     job = plan.fit.job
     return {
