@@ -139,9 +139,8 @@ def prepare(models: Path, texts: list[Path], needed: set[str]) -> None:
     running = []
     for name, program in programs.items():
         if name in needed and not (models / name / "config.json").is_file():
-            head = (
-                f"from pathlib import Path; folder = Path({str(models / name)!r}); texts = [Path(t) for t in {[str(t.resolve()) for t in texts]!r}]"
-            )
+            files = [str(text.resolve()) for text in texts]
+            head = f"from pathlib import Path; folder = Path({str(models / name)!r}); texts = [Path(t) for t in {files!r}]"
             running.append(subprocess.Popen([sys.executable, "-c", f"{head}\n{program}"]))
     if any(process.wait() for process in running):
         raise SystemExit("a model could not be built")

@@ -65,8 +65,8 @@ def run(verb: str, args: list[str]) -> int:
     if any(a in ("-sc", "--shell-completion") for a in args):
         return complete(verb, args)
     typed, flags = _split(args)
-    if flags["json"] and verb != "doctor":
-        raise ConfigError("--json", None, f"is a flag of doctor, not of {verb}", "leave it out")
+    if flags["json"] and verb not in WITH_JSON:
+        raise ConfigError("--json", None, f"is a flag of {' and '.join(WITH_JSON)}, not of {verb}", "leave it out")
     overrides, for_train = _own(verb, typed, flags["config_dir"])
     if flags["show"] == "job" and flags["multirun"]:
         raise ConfigError("--cfg", "job", "shows one run, not a grid", "leave -m and --multirun out, with one value a key")
@@ -133,7 +133,7 @@ def _own(verb: str, typed: list[str], config_dir: str | None) -> tuple[list[str]
 
 
 def _split(args: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Overrides, and the flags, named as Hydra names them: -m, -cd DIR, --cfg job, --help; --json is doctor's."""
+    """Overrides, and the flags, named as Hydra names them: -m, -cd DIR, --cfg job, --help; --json."""
     overrides: list[str] = []
     flags: dict[str, Any] = {"multirun": False, "config_dir": None, "show": None, "json": False}
     rest = iter(args)

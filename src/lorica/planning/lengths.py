@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from lorica import hub
 from lorica.config import ConfigError, DataConfig, TrainConfig
 from lorica.data.encoding import CausalEncoder, ClassifierEncoder, Encoded, Truncation
 from lorica.data.examples import Example
 from lorica.data.readers import Row, read_rows, split_files
 from lorica.data.registry import build_rows
 from lorica.data.rows import BadRow
-from lorica.planning.known import PACKAGES
 
 LETTERS = 4.2  # to a token of English, where there is no tokenizer
 LARGE = 32 << 20  # bytes of a file of which only the first rows are read
@@ -141,16 +141,11 @@ def _encoder(config: TrainConfig, labels: list[str]) -> tuple[Any, bool]:
 
 
 def _tokenizer_folder(config: TrainConfig) -> Path | None:
-    from importlib.util import find_spec
-
     folder = Path(config.model.base).expanduser()
     if (folder / "tokenizer.json").is_file():
         return folder
-    if config.model.base in PACKAGES:
-        package, inner = PACKAGES[config.model.base]
-        spec = find_spec(package)
-        places = [Path(place) / inner for place in (spec.submodule_search_locations or [])] if spec is not None else []
-        return next((place for place in places if (place / "tokenizer.json").is_file()), None)
+    if (home := hub.packaged(config.model.base)) is not None and (home / "tokenizer.json").is_file():
+        return home
     try:
         from huggingface_hub import try_to_load_from_cache
 

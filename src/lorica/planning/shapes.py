@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from lorica import caches, hub
 from lorica.beside_weights import read_object
 from lorica.config import ConfigError, ModelConfig
 from lorica.durable import write_json
-from lorica.planning.known import KNOWN, PACKAGES, TINY
+from lorica.planning.known import KNOWN
 
 SEPARATE = ("mistral", "llama", "qwen2", "qwen3", "gemma", "smollm3", "granite")
 FUSED = ("phi3",)
@@ -122,11 +121,8 @@ def find_config(model: ModelConfig) -> dict[str, Any]:
         if not (folder / "config.json").is_file():
             raise ConfigError("model.base", model.base, "has no config.json", "a folder that from_pretrained can load")
         return read_object(folder / "config.json", "model.base")
-    if model.base in PACKAGES:
-        package, inner = PACKAGES[model.base]
-        spec = find_spec(package)
-        for place in (spec.submodule_search_locations or []) if spec is not None else []:
-            return read_object(Path(place) / inner / "config.json", "model.base")
+    if (home := hub.packaged(model.base)) is not None:
+        return read_object(Path(home) / "config.json", "model.base")
     if model.base in KNOWN and model.revision is None:
         return dict(KNOWN[model.base])
     return _of_hub(model)
@@ -259,6 +255,3 @@ def targets(shape: Shape, asked: Any) -> tuple[Linear, ...]:
 def targets_head(asked: Any) -> bool:
     """Whether a causal model's output head is among them."""
     return isinstance(asked, list) and any(name.rpartition(".")[2] in ("lm_head", "embed_out") for name in asked)
-
-
-__all__ = ["TINY", "Linear", "Shape", "find_config", "find_shape", "shape_of", "targets", "targets_head"]
