@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,6 +211,7 @@ def empty_model(model: ModelConfig, config: Any, tokenizer: Any, labels: list[st
 
 def quantized_linears(model: ModelConfig, empty: Any, settings: QuantizationSettings) -> set[str]:
     """The linear layers that loading in 4 bits replaces, by name. empty: of `empty_model`; it is changed."""
+    _import_bitsandbytes()
     from bitsandbytes.nn import Linear4bit
     from transformers.quantizers import AutoHfQuantizer
 
@@ -268,6 +271,7 @@ def load_model(
     """
     attention.register()
     quiet_transformers()
+    _import_bitsandbytes()
     arguments: dict[str, Any] = {"config": config, "revision": base.revision, "dtype": dtype, "attn_implementation": attn}
     _fit_config(config, model.task, tokenizer, labels)
     if quantization is not None and quantization.load_in_4bit:
@@ -284,6 +288,25 @@ def load_model(
     if getattr(loaded, "generation_config", None) is not None:
         loaded.generation_config.pad_token_id = tokenizer.pad_token_id
     return loaded
+
+
+def _import_bitsandbytes() -> None:
+    """Import it before PEFT does, with torch's compiler off: its decorators load all of Inductor, which takes seconds.
+
+    What they compile stands in for its kernels, and a CPU and a CUDA device have these; on other devices nothing is changed.
+    """
+    if "bitsandbytes" in sys.modules or torch.backends.mps.is_available() or torch.xpu.is_available():
+        return
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        with contextlib.suppress(ImportError):
+            import bitsandbytes  # noqa: F401
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 def _new_modules(base: Base, task: str, missing: Iterable[str]) -> list[str]:
