@@ -45,9 +45,9 @@ class Calibration:
         Raises:
             ConfigError: the rows show no such probability.
         """
-        sure = [p for p, answered, wrong in self.risk if wrong / answered <= target and rate_at_most(wrong, answered) <= target]
-        if sure:
-            return min(sure)
+        for p, answered, wrong in sorted(self.risk):
+            if wrong / answered <= target and rate_at_most(wrong, answered) <= target:
+                return p
         _, answered, wrong = min(self.risk, key=lambda point: rate_at_most(point[2], point[1]))
         raise ConfigError(
             "target_risk",

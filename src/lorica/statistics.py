@@ -5,6 +5,7 @@ Everything is a function of the rows and of a seed, and needs nothing but numpy.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -40,12 +41,17 @@ def intervals(true: np.ndarray, predicted: np.ndarray, classes: int, seed: int =
     return {name: (float(low), float(high)) for name, (low, high) in found.items()}
 
 
-def _log_binomial(n: int, p: float) -> np.ndarray:
-    """log P(X = k) for k = 0 .. n, 0 < p < 1."""
-    k = np.arange(n + 1)
+@functools.lru_cache(maxsize=8)
+def _log_ways(n: int) -> np.ndarray:
+    """log of n over k, for k = 0 .. n."""
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
-    ways = log_factorial[n] - log_factorial[k] - log_factorial[n - k]
-    return np.asarray(ways + k * math.log(p) + (n - k) * math.log1p(-p))
+    return np.asarray(log_factorial[n] - log_factorial - log_factorial[::-1])
+
+
+def _at_most(events: int, n: int, p: float) -> float:
+    """P(X <= events) of n draws, 0 < p < 1."""
+    k = np.arange(events + 1)
+    return float(np.exp(_log_ways(n)[: events + 1] + k * math.log(p) + (n - k) * math.log1p(-p)).sum())
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -53,8 +59,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     n = only_first + only_second
     if n == 0:
         return 1.0
-    tail = np.exp(_log_binomial(n, 0.5))[: min(only_first, only_second) + 1].sum()
-    return float(min(1.0, 2 * tail))
+    return min(1.0, 2 * _at_most(min(only_first, only_second), n, 0.5))
 
 
 def smallest_difference(differing: int, rows: int, below: float = 1 - LEVEL) -> float:
@@ -72,6 +77,6 @@ def rate_at_most(events: int, n: int, level: float = LEVEL) -> float:
     low, high = events / n, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        chance = float(np.exp(_log_binomial(n, middle)[: events + 1]).sum()) if 0 < middle < 1 else 0.0
+        chance = _at_most(events, n, middle) if 0 < middle < 1 else 0.0
         low, high = (middle, high) if chance > 1 - level else (low, middle)
     return high
