@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorica.metrics_log import read_metrics
-
 PAPER, INK, GRID = "#fbfaf7", "#22272e", "#d9d5cc"
 BLUE, ORANGE, GREEN = "#2f6db3", "#c8641b", "#3b7d4f"
 
@@ -31,12 +29,17 @@ def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:
 def _save(figure: Any, file: Path) -> None:
     import matplotlib.pyplot as plt
 
+    figure.set_dpi(120)
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")  # or savefig lays it out twice more
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
 
 def draw_curves(metrics: Path, file: Path, monitor: str, best_step: int) -> None:
     """Loss (training and validation), the validation figure that chose the weights, and the learning rate, by step."""
+    from lorica.metrics_log import read_metrics
+
     series = read_metrics(metrics)
     figure, axes = _figure(13, 3.8, 3)
     loss, quality, rate = axes[0]
