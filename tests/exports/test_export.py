@@ -121,6 +121,7 @@ def test_a_format_without_such_models_is_refused(task: str, name: str, said: str
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_an_export_answers_as_the_original_and_is_not_made_twice(encoder: Path, lorica: Lorica) -> None:
     call = ["export", f"run={encoder}", "format=safetensors", "safetensors=[bfloat16,float32]"]
     code, printed = lorica(*call)
@@ -155,6 +156,7 @@ def test_an_export_answers_as_the_original_and_is_not_made_twice(encoder: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_what_answers_otherwise_is_refused_and_leaves_nothing(causal: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merging.Update, "apply", lambda self, weight: torch.randn_like(weight, dtype=torch.float32))
     code, printed = lorica("export", f"run={causal}", "format=safetensors", "safetensors=[float32]", "certify_rows=4")

@@ -139,6 +139,7 @@ def test_charts_take_one_value_and_equal_ones() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_a_comparison_trains_once_and_says_what_rows_show(lorica: Lorica, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     typed = ["models=[minilm_untuned,minilm_lora,minilm_lora]", *SMALL, "latency_rows=4"]
@@ -157,6 +158,7 @@ def test_a_comparison_trains_once_and_says_what_rows_show(lorica: Lorica, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_a_model_that_fails_leaves_the_others_compared(lorica: Lorica, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, said = lorica("compare", "models=[minilm_untuned,minilm_lora_untuned,roberta_untuned]", *SMALL, "latency_rows=0")

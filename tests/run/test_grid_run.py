@@ -1,4 +1,4 @@
-"""A real 2 x 2 grid with a cell that fails: four folders, four W&B runs of one group, and a second call that runs one cell."""
+"""A real grid with a cell that fails: a folder and a W&B run for each, and a second call that runs the one cell."""
 
 import json
 import subprocess
@@ -24,10 +24,10 @@ def _rows(file: Path, count: int) -> None:
 def test_a_failed_cell_is_recorded_and_only_it_runs_again(tmp_path: Path) -> None:
     _rows(tmp_path / "few.csv", 12)  # fewer rows than a step of 16 takes
     _rows(tmp_path / "many.csv", 60)
-    sweep = ["data=classification", "data.path=few.csv,many.csv", "trainer.batch_size=4,16", "trainer.max_steps=2", "logger=wandb"]
+    sweep = ["data=classification", "data.path=few.csv,many.csv", "trainer.batch_size=16", "trainer.max_steps=2", "logger=wandb"]
     first = _grid(tmp_path, *sweep)
     runs = sorted(p for p in (tmp_path / "outputs" / "grids").glob("*/*") if p.is_dir())
-    assert len(runs) == 4, first.stdout + first.stderr
+    assert len(runs) == 2, first.stdout + first.stderr
     assert all(len(list(r.glob("wandb/offline-run-*"))) == 1 for r in runs)
     failed = [r for r in runs if not (r / "metrics.json").is_file()]
     assert first.returncode == 1 and len(failed) == 1 and (failed[0] / "failed.json").is_file()
@@ -35,5 +35,5 @@ def test_a_failed_cell_is_recorded_and_only_it_runs_again(tmp_path: Path) -> Non
     assert [c["failed"] for c in table["cells"]].count(True) == 1
     _rows(tmp_path / "few.csv", 60)
     second = _grid(tmp_path, *sweep)
-    assert second.returncode == 0 and second.stdout.count("done before") == 3, second.stdout
+    assert second.returncode == 0 and second.stdout.count("done before") == 1, second.stdout
     assert (failed[0] / "metrics.json").is_file() and not (failed[0] / "failed.json").exists()

@@ -116,11 +116,11 @@ def test_questions_and_conversations_are_compared_as_they_were_trained(tiny_mist
 @pytest.mark.slow
 @pytest.mark.shared
 def test_a_trained_models_merge_is_certified_and_answers_alike(shared: Path, tmp_path: Path, lorica: Lorica) -> None:
-    """The certificate's figures on a model that has learnt; 500 labels of transformers' pipeline are those of `predict`."""
+    """The certificate's figures on a model that has learnt; 200 labels of transformers' pipeline are those of `predict`."""
     from transformers import pipeline
 
     run, rows = tmp_path / "run", ["data.source=files", f"data.path={shared / 'data' / 'sentiment'}"]
-    limits = ["data.max_train_examples=400", "data.max_test_examples=500", "trainer.max_epochs=1"]
+    limits = ["data.max_train_examples=400", "data.max_test_examples=200", "trainer.max_epochs=1"]
     base = ["model=tiny_mistral_qlora", f"model.base={shared / 'models' / 'tiny-mistral'}", "data=sentiment"]
     code, printed = lorica("train", *base, "model.task=sequence_classification", f"run_dir={run}", *rows, *limits)
     assert code == 0, printed
@@ -129,5 +129,5 @@ def test_a_trained_models_merge_is_certified_and_answers_alike(shared: Path, tmp
     assert found["kl"] <= 1e-4 and found["agreement"] >= 0.999
     answers = [json.loads(line) for line in (run / "predictions.jsonl").read_text("utf-8").splitlines()]
     pipe: Any = pipeline("text-classification", str(run / "merged"))
-    given = pipe([row["text"] for row in answers], truncation=True, max_length=256)
-    assert [g["label"] for g in given] == [row["prediction"] for row in answers] and len(answers) == 500
+    given = pipe([row["text"] for row in answers], truncation=True, max_length=256, batch_size=20)
+    assert [g["label"] for g in given] == [row["prediction"] for row in answers] and len(answers) == 200

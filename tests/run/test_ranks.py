@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("data.max_train_examples=48", "data.max_validation_examples=15", "data.max_test_examples=9", "trainer.max_epochs=1")
 MODEL = ("model=tiny_mistral_qlora", "data=sentiment", "optimizer.name=sgd", "optimizer.lr=0.2")
 PLAIN = (*MODEL, "trainer.log_every_n_steps=1", "trainer.accelerator=cpu")
+BATCHES = ("trainer.batch_size=4", "trainer.group_by_length=false")
 
 
 def _free_port() -> int:
@@ -46,20 +48,28 @@ def _train(folder: Path, *arguments: str, processes: int = 1, outside: bool = Fa
     return figures
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process trains: 8 rows a step as 2 x 4."""
+    return _train(tmp_path_factory.mktemp("ranks") / "one", *BATCHES, "trainer.accumulate_grad_batches=2")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("outside", [False, True], ids=["ours", "torchrun"])
-def test_two_processes_train_what_one_does(tmp_path: Path, outside: bool) -> None:
-    """8 rows a step as 2 x 4 on one process and as 4 on each of two: the same figures up to rounding."""
-    batches = ["trainer.batch_size=4", "trainer.group_by_length=false"]
-    one = _train(tmp_path / "one", *batches, "trainer.accumulate_grad_batches=2")
-    two = _train(tmp_path / "two", *batches, processes=2, outside=outside)
+def test_two_processes_train_what_one_does(one: dict[str, Any], tmp_path: Path, outside: bool) -> None:
+    """8 rows a step as 4 on each of two: the same figures up to rounding."""
+    two = _train(tmp_path / "two", *BATCHES, processes=2, outside=outside)
     assert one["losses"] == pytest.approx(two["losses"], rel=1e-4) and len(set(one["losses"])) == 6
     assert two["test/loss"] == pytest.approx(one["test/loss"], rel=1e-4) and two["test/accuracy"] == one["test/accuracy"]
 
 
-@pytest.mark.slow
-def test_a_wrong_number_of_processes_is_refused(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={_free_port()}", str(ROOT / "train.py")]
-    done = subprocess.run([*command, *SMALL, *PLAIN], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert "trainer.devices=1: 2 processes were started from outside" in done.stderr
+def test_a_wrong_number_of_processes_is_refused(
+    tmp_path: Path, lorica: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the first of two that torchrun starts."""
+    monkeypatch.chdir(tmp_path)
+    started = {"TORCHELASTIC_RUN_ID": "x", "RANK": 0, "LOCAL_RANK": 0, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    for name, value in started.items():
+        monkeypatch.setenv(name, str(value))
+    code, printed = lorica("train", *SMALL, *PLAIN)
+    assert code == 2 and "trainer.devices=1: 2 processes were started from outside" in printed, printed

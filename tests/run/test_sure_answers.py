@@ -11,6 +11,7 @@ from lorica import calibration
 from lorica.calibration import Calibration
 
 Lorica = Callable[..., tuple[int, str]]
+SMALL = ("data.max_train_examples=96", "data.max_test_examples=60", "trainer.max_epochs=1")
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("runs") / "run"
     with pytest.raises(SystemExit) as end:
-        main("train", ["data.validation_fraction=0.3", "data.max_test_examples=60", "trainer.max_epochs=1", f"run_dir={folder}"])
+        main("train", ["data.validation_fraction=0.3", *SMALL, f"run_dir={folder}"])
     assert end.value.code == 0
     return folder
 
