@@ -20,7 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Condition
+from threading import Condition, Lock
 from typing import Any
 
 from benchmarks.side_by_side import Failed, call, machine, versions
@@ -192,16 +192,15 @@ def measured(point: Point, folder: Path, timeout: float) -> dict[str, Any]:
     return figures
 
 
-def take(point: Point, card: Card, room: Room, timeout: float, runs: Path) -> dict[str, Any]:
-    """Predict and measure one point."""
-    plan = predicted(point, card)
+def take(point: Point, plan: runner.Plan, room: Room, timeout: float, folder: Path) -> dict[str, Any]:
+    """Measure one point, once there is room for it."""
     needs = plan.fit.peak * 1.15 + (2 << 30)
     room.take(needs)
     began = time.perf_counter()
     row: dict[str, Any] = {"name": point.name, "predicted_gib": plan.fit.peak / GIB, "overrides": list(point.overrides)}
-    row["parts_gib"] = {k: round(v / GIB, 3) for k, v in memory.train(plan.fit.job, card).items()}
+    row["parts_gib"] = {k: round(v / GIB, 3) for k, v in memory.train(plan.fit.job, plan.card).items()}
     try:
-        figures = measured(point, runs / f"{abs(hash(point)):x}", timeout)
+        figures = measured(point, folder, timeout)
         row["measured_gib"], row["reserved_gib"] = figures["memory/peak_gib"], figures.get("memory/reserved_gib")
         row["error"] = row["predicted_gib"] / row["measured_gib"] - 1
     except Failed as e:
@@ -210,9 +209,7 @@ def take(point: Point, card: Card, room: Room, timeout: float, runs: Path) -> di
         room.give(needs)
     row["seconds"] = time.perf_counter() - began
     shown = (
-        f"{row['error']:+7.2%} predicted {row['predicted_gib']:7.3f} measured {row['measured_gib']:7.3f}"
-        if "error" in row
-        else row["failed"]
+        f"{row['error']:+7.2%} predicted {row['predicted_gib']:7.3f} measured {row['measured_gib']:7.3f}" if "error" in row else row["failed"]
     )
     print(f"{shown}  {point.name}  {row['seconds']:.0f} s", flush=True)
     return row
@@ -252,18 +249,23 @@ def main() -> None:
     card = CARDS[options.card]
     chosen = points(options.points, options.seed, options.models)
     prepare(options.models, options.texts, {point.name.split()[0] for point in chosen})
+    plans = [predicted(point, card) for point in chosen]  # one by one: Hydra is not made for threads
+    print(f"{len(plans)} points are predicted after {time.perf_counter() - began:.0f} s", flush=True)
     room, runs = Room(card.usable * 0.93), options.models / f"runs-{options.seed}"
     rows: list[dict[str, Any]] = []
+    writing = Lock()
 
-    def one(point: Point) -> None:
+    def one(number: int) -> None:
         if time.perf_counter() - began > options.within:
             return
-        rows.append(take(point, card, room, options.timeout, runs))
-        facts = {"card": card.name, "seed": options.seed, "steps": STEPS, **machine(), "versions": versions(), "summary": summary(rows)}
-        options.out.write_text(json.dumps({**facts, "points": rows}, indent=1) + "\n")
+        row = take(chosen[number], plans[number], room, options.timeout, runs / str(number))
+        with writing:
+            rows.append(row)
+            facts = {"card": card.name, "seed": options.seed, "steps": STEPS, **machine(), "versions": versions(), "summary": summary(rows)}
+            options.out.write_text(json.dumps({**facts, "points": rows}, indent=1) + "\n")
 
     with ThreadPoolExecutor(options.at_once) as pool:
-        list(pool.map(one, chosen))
+        list(pool.map(one, range(len(chosen))))
     print(json.dumps(summary(rows)))
 
 
