@@ -92,6 +92,7 @@ def _draw(rng: random.Random, kind: str, models: Path) -> Point:
     layers = {"mistral-7b": 32, "mistral-1b": 16, "mistral-200m": 10, "roberta": 12}[base]
     values = {
         "trainer.tokens_per_batch": tokens,
+        "trainer.fit": "false",
         "trainer.compile": str(compiled).lower(),
         "trainer.gradient_checkpointing": layers // 2 if again == "half" else again,
         "optimizer.name": rng.choice(("adamw", "adamw_8bit", "paged_adamw_8bit")),
@@ -108,7 +109,7 @@ def _draw(rng: random.Random, kind: str, models: Path) -> Point:
             values["trainer.resident_weights"] = "true" if again == "false" and rng.random() < 0.4 else "false"
         elif causal:
             values["model.quantization"] = "null"
-    short = [str(v) for k, v in values.items() if k not in ("model.max_length", "model.lora", "model.quantization")]
+    short = [str(v) for k, v in values.items() if k not in ("model.max_length", "model.lora", "model.quantization", "trainer.fit")]
     name = " ".join([kind, *short]).replace(LINEARS, "all").replace("[q_proj,v_proj]", "qv")
     group = "mistral_qlora" if causal else {"nf4": "roberta_qlora", "lora": "roberta_lora", "full": "roberta_full"}[how]
     data = (
@@ -209,7 +210,9 @@ def take(point: Point, plan: runner.Plan, room: Room, timeout: float, folder: Pa
         room.give(needs)
     row["seconds"] = time.perf_counter() - began
     shown = (
-        f"{row['error']:+7.2%} predicted {row['predicted_gib']:7.3f} measured {row['measured_gib']:7.3f}" if "error" in row else row["failed"]
+        f"{row['error']:+7.2%} predicted {row['predicted_gib']:7.3f} measured {row['measured_gib']:7.3f}"
+        if "error" in row
+        else row["failed"]
     )
     print(f"{shown}  {point.name}  {row['seconds']:.0f} s", flush=True)
     return row

@@ -42,11 +42,12 @@ class ValidationPoints(Callback):
     to the next point each time.
     """
 
-    def __init__(self, steps: Sequence[int], accumulate: int) -> None:
-        self.points = [s * accumulate for s in steps]
+    def __init__(self, steps: Sequence[int]) -> None:
+        self.steps = steps
 
     def _aim(self, trainer: Trainer, done: int) -> None:
-        trainer.val_check_batch = next((p for p in self.points if p > done), float("inf"))
+        points = (step * trainer.accumulate_grad_batches for step in self.steps)
+        trainer.val_check_batch = next((p for p in points if p > done), float("inf"))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._aim(trainer, batch_idx)

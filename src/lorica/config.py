@@ -278,6 +278,11 @@ class TrainerConfig:
         "layers that keep only their input and are computed again in backward (less memory, up to 40 % more time): true, false, how many, "
         "or offload (all, and their inputs wait in host memory); null: as few as fit into the GPU, none on other devices",
     )
+    fit: bool = key(
+        True,
+        "cut micro-batches into as many parts as are fastest on the GPU's memory, and move frozen embeddings off it, by what `lorica plan` "
+        "figures and real batches confirm: the same rows and the same loss a step; false: they run as they are, or not at all",
+    )
     compile: bool | None = key(
         None,
         "compile the model's layers at a few fixed batch sizes; null: on NVIDIA GPUs with variable-length attention, "

@@ -55,7 +55,7 @@ HARMLESS = (
     ),
     *("trainer.enable_progress_bar", "trainer.detect_anomaly", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
     *("trainer.strategy", "trainer.precision", "trainer.compile", "trainer.cuda_graphs", "trainer.gradient_checkpointing"),
-    *("trainer.resident_weights", "trainer.offload_embeddings"),
+    *("trainer.resident_weights", "trainer.offload_embeddings", "trainer.fit"),
     "distillation.teacher",
 )
 
@@ -73,6 +73,7 @@ def of_data(data: LoricaDataModule) -> dict[str, str]:
     return {
         **found,
         "devices": str(batching.world_size),
+        "parts of a micro-batch": str(data.plan.parts),
         "batches": f"{'padded' if batching.padded else 'end to end'}, plan {PLAN_VERSION} {data.plan.fingerprint()[:16]}",
     }
 

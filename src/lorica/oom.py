@@ -48,7 +48,7 @@ def split_where_needed(
     module.halving = Halving(
         split,
         lambda micro_step: seeds.set(trainer, module, micro_step),
-        config.trainer.accumulate_grad_batches,
+        data.plan.accumulate,
         trainer.precision_plugin.train_step_context,
         changed,
         parts,
@@ -66,21 +66,30 @@ def fit(
     trainer: Trainer,
     note: Callable[[str], None],
 ) -> fitting.Fit:
-    """`fitting.fit`, in as many parts as fit where that was asked for.
+    """`fitting.fit`, in as many parts as fit: planned ones (`trainer.fit`, unless the run goes on), else halves (`trainer.on_oom`).
 
     Raises:
-        ConfigError: not even single rows fit, or parts were not asked for.
+        ConfigError: not even single rows fit, or parts are not to be made.
     """
     arithmetic = trainer.precision_plugin.train_step_context
     while True:
         try:
             return fitting.fit(module, layers, data, machine, config, compiled and data.parts == 1, arithmetic, note)
         except fitting.TooLarge:
-            if module.halving is None or max(len(batch["rows"]) for batch in data.largest_batches()) < 2:
+            planned = config.trainer.fit and machine.world_size == 1 and not data.resume_at
+            if not (planned or module.halving) or max(len(batch["rows"]) for batch in data.largest_batches()) < 2:
                 raise
         data.shapes = []
-        data.parts = module.halving.parts = 2 * data.parts
-        note(f"the largest micro-batch does not fit: micro-batches are run in {data.parts} parts")
+        if planned:
+            data.in_parts(2 * data.plan.parts)
+            trainer.accumulate_grad_batches = data.plan.accumulate
+            if module.halving is not None:
+                module.halving.accumulate = data.plan.accumulate
+        else:
+            assert module.halving is not None
+            data.parts = module.halving.parts = 2 * data.parts
+        parts = data.plan.parts * data.parts
+        note(f"the largest micro-batch does not fit: micro-batches are run in {parts} parts, with the same rows and the same loss a step")
 
 
 def remedy(config: TrainConfig) -> str:

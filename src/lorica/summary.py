@@ -12,6 +12,8 @@ from lorica.data.module import LoricaDataModule
 from lorica.models import adapters, optimizers
 from lorica.models.loaded import Loaded
 from lorica.models.weights import dtype_name
+from lorica.planning import memory
+from lorica.planning.cards import GIB, Card
 from lorica.screen import duration, short
 
 ROWS_TO_ASK = 20  # rows looked at for one that a single text can ask
@@ -26,6 +28,7 @@ def plan_facts(config: TrainConfig, data: LoricaDataModule, loaded: Loaded, mach
     attn = loaded.attention.removeprefix("lorica_") if loaded.padded else "varlen, no padding"
     size = f"{t.batch_size} examples" if t.batch_size is not None else f"up to {t.tokens_per_batch:,} tokens"
     devices = f"{machine.world_size} device{'s' if machine.world_size > 1 else ''}"
+    cut = f", each micro-batch in {plan.parts} parts" if plan.parts > 1 else ""
     name, _ = optimizers.effective_name(str(config.optimizer.name), machine.device)
     rows = f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.test):,} test"
     return [
@@ -33,11 +36,16 @@ def plan_facts(config: TrainConfig, data: LoricaDataModule, loaded: Loaded, mach
         ("data", f"{config.data.name} ({config.data.source}): {rows}; {data.truncation}"),
         (
             "steps",
-            f"{plan.steps:,} ({plan.epoch_at(plan.steps):.3g} epochs) of {size} x {t.accumulate_grad_batches} accumulated x {devices}",
+            f"{plan.steps:,} ({plan.epoch_at(plan.steps):.3g} epochs) of {size} x {t.accumulate_grad_batches} accumulated x {devices}{cut}",
         ),
         ("optimiser", f"{name}, lr {config.optimizer.lr:g} {config.optimizer.lr_scheduler_type}, {_warmup(config.optimizer, plan.steps)}"),
         ("machine", f"{machine.description}, precision {machine.precision}, attention {attn}"),
     ]
+
+
+def memory_line(expected: memory.Fit, card: Card) -> str:
+    """What the plan expects of the GPU's memory at the peak of training."""
+    return f"{expected.peak / GIB:.2f} GiB expected at the peak, of {card.usable / GIB:.2f}; {memory.layers_line(expected.job)}"
 
 
 def plan_notes(config: TrainConfig, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine) -> list[str]:
@@ -77,7 +85,8 @@ def closing_rows(figures: dict[str, float]) -> list[tuple[str, str]]:
     rows += [(k, f"{figures[k]:.4f}") for k in figures if k.startswith("test/f1/")]
     rates = f"{figures['train/tokens_per_second']:,.0f} tokens/s, {figures['train/samples_per_second']:,.1f} examples/s"
     rows.append(("training", f"{duration(figures['train/seconds'])}, {rates}"))
-    rows.append(("peak memory", f"{figures['memory/peak_gib']:.2f} GiB"))
+    expected = f" ({figures['memory/predicted_gib']:.2f} expected)" if "memory/predicted_gib" in figures else ""
+    rows.append(("peak memory", f"{figures['memory/peak_gib']:.2f} GiB{expected}"))
     rows.append(("in all", duration(figures["time/total_seconds"])))
     return rows
 

@@ -40,6 +40,7 @@ from lorica import (  # noqa: E402
     oom,
     plots,
     resuming,
+    sizing,
     states,
     summary,
 )
@@ -56,6 +57,8 @@ from lorica.models.loaded import Loaded, Prepared, load, prepare  # noqa: E402
 from lorica.models.module import LoricaModule  # noqa: E402
 from lorica.models.sequence_classifier import SequenceClassifierModule  # noqa: E402
 from lorica.models.soft_labels import SoftLabels  # noqa: E402
+from lorica.planning import memory  # noqa: E402
+from lorica.planning.parts import Size  # noqa: E402
 
 EVAL_TOKENS_FACTOR = 4  # evaluation keeps no activations: its batches may be larger
 
@@ -190,9 +193,14 @@ def _train(run: Run) -> int:
     prepared = _look_at_data(run, data)
     data.leave_out_unsupervised()
     _ask_teacher(run, data, machine)
+    architecture = prepared.architecture.to_dict()
+    if began:
+        size = Size(int(began.get("parts of a micro-batch", "1")), config.trainer.offload_embeddings)
+    else:
+        size, why = sizing.choose(config, data, machine, architecture)
+        run.notes += filter(None, [why])
     loaded = load(config, data, machine, prepared)
-    batching = _batching(run, data, loaded, machine)
-    data.connect(batching)
+    data.connect(_batching(run, data, loaded, machine, size.parts))
     before = began["compiled layers"] == "yes" if began else None
     compiled = fitting.compiles(config.trainer.compile, before, loaded, machine.device, len(data.plan))
     base = fingerprint.of_base(loaded.base.path, loaded.base.revision)
@@ -209,24 +217,29 @@ def _train(run: Run) -> int:
     if state is not None and run.main:
         kept = state["callbacks"].get(parts.keep.state_key)
         run.notes += resuming.mend_best(run.folder, run.weights, kept, module, parts.keep.write)
-    _announce(run, data, loaded, machine)
-    fitting.prepare(module, config, machine)
+    expected = sizing.expected(config, data, machine, architecture, size)
+    _announce(run, data, loaded, machine, expected)
+    fitting.prepare(module, config, machine, size.host_embeddings)
     if config.drill == "accumulation":
         return _drill(run, module, data, machine, trainer)
     if run.main:
         facts = {"machine": machine.description, "precision": machine.precision, "versions": made_for["versions"]}
         write_json(run.folder / model_card.ENVIRONMENT, facts)
         point_latest(run.folder)
+    predicted: dict[str, float] = {}
     if not len(data.plan):
         screen.note("trainer.max_steps=0: nothing is trained, the base as it is is tested")
     if data.resume_at < len(data.plan):
         if config.trainer.on_oom == "halve":
             oom.split_where_needed(module, loaded.layers, data, machine, config, trainer, screen.note, state["parts"] if state else 1)
         found = oom.fit(module, loaded.layers, data, machine, config, compiled, trainer, screen.note)
+        made_for["found"] |= fingerprint.of_data(data)  # micro-batches may be in more parts now
         if found.seconds or found.recomputed:
             screen.print(f"  layers     {found}; tried in {duration(found.seconds)}")
         for note in found.notes:
             screen.note(note)
+        if expected is not None:
+            predicted["memory/predicted_gib"] = sizing.after_trying(expected, found, data, size, machine)
         hardware.reset_peak_memory()
         parts.throughput.first_step_after = time.perf_counter() - started
         trainer.fit(module, datamodule=data, ckpt_path=str(run.resume_from) if run.resume_from else None, weights_only=True)
@@ -257,6 +270,7 @@ def _train(run: Run) -> int:
     figures["memory/peak_gib"] = hardware.peak_memory_gib(machine.device)
     if (reserved := hardware.reserved_memory_gib(machine.device)) is not None:
         figures["memory/reserved_gib"] = reserved
+    figures |= predicted
     if run.lesson is not None:
         figures["time/teacher_seconds"] = run.lesson.seconds
     figures["time/total_seconds"] = time.perf_counter() - started
@@ -355,7 +369,7 @@ def _report(run: Run, data: LoricaDataModule) -> None:
     run.notes += report["notes"]
 
 
-def _batching(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine) -> Batching:
+def _batching(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine, parts: int) -> Batching:
     t = run.config.trainer
     longest = max(len(r.ids) for r in data.train_rows)
     if t.batch_size is not None:
@@ -384,6 +398,7 @@ def _batching(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardwar
             "tokens_per_batch": t.tokens_per_batch,
             "accumulate": t.accumulate_grad_batches,
             "group_by_length": t.group_by_length,
+            "parts": parts,
             "max_epochs": t.max_epochs,
             "max_steps": t.max_steps,
         },
@@ -432,7 +447,7 @@ def _assemble(
     skipped = cb.SkippedSteps(t.max_skipped_steps, t.log_every_n_steps, data.rows_of_step, run.screen.note)
     parts: list[Callback] = [*run.besides, throughput, cb.SeedSteps(config.seed), skipped, record, evaluate]
     if has_validation:
-        parts += [cb.ValidationPoints(points, t.accumulate_grad_batches), keep]
+        parts += [cb.ValidationPoints(points), keep]
     if t.early_stopping_patience is not None:
         if not has_validation:
             raise ConfigError(
@@ -468,7 +483,7 @@ def _assemble(
         strategy=machine.strategy(t.strategy),
         precision=machine.precision,  # type: ignore[arg-type]
         max_epochs=1,  # the plan is one sequence of micro-steps over all epochs
-        accumulate_grad_batches=t.accumulate_grad_batches,
+        accumulate_grad_batches=plan.accumulate,
         gradient_clip_val=t.gradient_clip_val,
         log_every_n_steps=1,
         num_sanity_val_steps=0,
@@ -487,13 +502,15 @@ def _assemble(
     return module, trainer, Parts(throughput, evaluate, keep)
 
 
-def _announce(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine) -> None:
+def _announce(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine, expected: memory.Fit | None) -> None:
     """What will run, on the screen, before it does."""
     where = str(run.folder) + (f", resumed at micro-step {data.resume_at}" if run.resume_from else "")
     facts = summary.plan_facts(run.config, data, loaded, machine)
     if run.teacher is not None:
         asked = run.config.distillation
         facts.append(("teacher", f"{run.teacher}, temperature {asked.temperature:g}, weight {asked.weight:g}; {run.lesson}"))
+    if expected is not None:
+        facts.append(("memory", summary.memory_line(expected, sizing.card_at_hand(machine))))
     run.screen.facts("lorica train", [("run", where), *facts])
     for note in [*run.notes, *summary.plan_notes(run.config, data, loaded, machine)]:
         run.screen.note(note)

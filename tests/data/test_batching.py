@@ -50,6 +50,7 @@ def cases(draw: st.DrawFn, min_rows: int = 1) -> Case:
             ("world_size", draw(st.integers(1, 4))),
             ("padded", draw(st.booleans())),
             ("group_by_length", draw(st.booleans())),
+            ("parts", draw(st.integers(1, 3))),
             ("max_epochs", draw(st.integers(1, 3))),
         ),
     )
@@ -93,10 +94,10 @@ def test_every_epoch_has_every_row_exactly_once_over_all_ranks(of: Case) -> None
 @given(cases())
 def test_every_window_is_whole_and_within_one_epoch(of: Case) -> None:
     plan = of.plan()
-    assert len(plan) == plan.steps * of["accumulate"] and plan.steps == plan.epoch_ends[-1]
+    assert len(plan) == plan.steps * plan.accumulate and plan.steps == plan.epoch_ends[-1]
     for epoch in range(of["max_epochs"]):
         for step in epoch_steps(plan, epoch):
-            window = range(step * of["accumulate"], (step + 1) * of["accumulate"])
+            window = range(step * plan.accumulate, (step + 1) * plan.accumulate)
             assert {plan.micro_batch(k, r).epoch for k in window for r in range(of["world_size"])} == {epoch}
 
 
@@ -106,7 +107,7 @@ def test_window_supervised_is_the_sum_over_the_windows_rows_on_all_ranks(of: Cas
     plan = of.plan()
     for step in range(plan.steps):
         expected = sum(of.supervised[row] for rows in step_rows(plan, step) for row in rows)
-        window = range(step * of["accumulate"], (step + 1) * of["accumulate"])
+        window = range(step * plan.accumulate, (step + 1) * plan.accumulate)
         assert {plan.micro_batch(k, r).window_supervised for k in window for r in range(of["world_size"])} == {expected}
 
 
@@ -295,7 +296,7 @@ def test_grouped_micro_batches_come_in_no_order_of_length() -> None:
 @given(cases(), st.integers(1, 60))
 def test_max_steps_cuts_the_plan_and_changes_nothing_before(of: Case, max_steps: int) -> None:
     whole, cut = of.plan(), of.plan(max_steps=max_steps)
-    assert cut.steps == min(max_steps, whole.steps) and len(cut) == cut.steps * of["accumulate"]
+    assert cut.steps == min(max_steps, whole.steps) and len(cut) == cut.steps * cut.accumulate
     for k in range(len(cut)):
         assert cut.micro_batch(k) == whole.micro_batch(k)
 
@@ -380,6 +381,24 @@ def test_a_step_of_1x12_3x4_12x1_or_several_ranks_has_the_loss_of_one_large_batc
     assert expected == pytest.approx(by_hand)
     for plan in split:
         assert window_losses(plan, sums) == pytest.approx(expected)
+
+
+@CHEAP
+@given(cases(), st.integers(2, 6))
+def test_micro_batches_in_parts_make_the_same_steps(of: Case, parts: int) -> None:
+    whole, cut = of.plan(parts=1), of.plan(parts=parts)
+    assert cut.steps == whole.steps and cut.accumulate == parts * whole.accumulate and cut.epoch_ends == whole.epoch_ends
+    assert cut.fingerprint() != whole.fingerprint()
+    for step in range(whole.steps):
+        assert Counter(cut.window_rows(step)) == Counter(whole.window_rows(step))
+        for k in range(whole.accumulate):
+            for rank in range(whole.world_size):
+                own = whole.micro_batch(step * whole.accumulate + k, rank)
+                found = [cut.micro_batch(step * cut.accumulate + k * parts + part, rank) for part in range(parts)]
+                assert sorted(row for micro in found for row in micro.rows) == sorted(own.rows)
+                assert all(micro.window_supervised == own.window_supervised for micro in found)
+                tokens = [sum(of.lengths[row] for row in micro.rows) for micro in found]
+                assert max(tokens) - min(tokens) <= max((of.lengths[row] for row in own.rows), default=0)
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation

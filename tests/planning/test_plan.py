@@ -42,14 +42,14 @@ def test_a_run_that_does_not_fit_is_told_what_to_change(lorica: Lorica) -> None:
     assert code == 0 and "fits: peak" in printed
 
 
-@pytest.mark.parametrize("gpu", ["rtx3070_8gb", "t4_16gb", "l4_24gb", "a100_40gb"])
+@pytest.mark.parametrize("gpu", ["rtx3070_8gb", "t4_16gb", "l4_24gb"])
 @pytest.mark.parametrize("model", ["mistral_lora", "mistral_qlora"])
 def test_every_proposal_fits_as_it_is_pasted(model: str, gpu: str) -> None:
     wanted = [f"model={model}", "data=healthcare_qa", "trainer.tokens_per_batch=16384", "trainer.gradient_checkpointing=false"]
+    wanted += ["trainer.fit=false"]
     config = compose("train", wanted)
     shape, lengths, card = find_shape(config.model, 0), look(config, 2000), CARDS[gpu]
-    if runner.make(config, card, shape, lengths).fit.fits:
-        pytest.skip("fits as it is")
+    assert not runner.make(config, card, shape, lengths).fit.fits
     found = runner.proposals(config, card, shape, lengths)
     assert found
     for proposal in found:

@@ -48,6 +48,8 @@ class BatchPlan:
         padded: whether micro-batches are padded to their longest row, so that tokens are counted with padding.
         group_by_length: rows share a micro-batch by their lengths: like ones where it is padded, ones that fill it up where rows lie end
             to end. The order stays random.
+        parts: every micro-batch of the settings above is cut into so many, of like tokens, one after the other: a step has the same rows
+            and the same loss, in `accumulate` times as many micro-steps.
         max_epochs, max_steps: -1 for no limit; one of them must be set.
     """
 
@@ -63,13 +65,15 @@ class BatchPlan:
         world_size: int = 1,
         padded: bool = True,
         group_by_length: bool = True,
+        parts: int = 1,
         max_epochs: int = 1,
         max_steps: int = -1,
     ) -> None:
         assert (batch_size is None) != (tokens_per_batch is None) and (max_epochs > 0 or max_steps > 0) and len(lengths) > 0
         self.lengths, self.supervised = np.asarray(lengths, np.int64), np.asarray(supervised, np.int64)
         self.seed, self.batch_size, self.tokens_per_batch = seed, batch_size, tokens_per_batch
-        self.accumulate, self.world_size, self.padded, self.group_by_length = accumulate, world_size, padded, group_by_length
+        self.world_size, self.padded, self.group_by_length, self.parts = world_size, padded, group_by_length, parts
+        self._whole, self.accumulate = accumulate, accumulate * parts  # micro-batches of a step as they are asked for, and as they are run
         self._epoch = lru_cache(maxsize=2)(self._build_epoch)
         self.sizes = lru_cache(maxsize=1)(self._count)
         self.epoch_ends: list[int] = []  # optimiser steps after which each epoch is complete
@@ -82,8 +86,9 @@ class BatchPlan:
 
     def fingerprint(self) -> str:
         """Equal for plans that agree on every micro-step that both have: of the same rows, seed, sizes and ranks."""
-        settings = (self.seed, self.batch_size, self.tokens_per_batch, self.accumulate, self.world_size, self.padded, self.group_by_length)
-        return hashlib.sha256(f"{PLAN_VERSION} {settings}".encode() + self.lengths.tobytes() + self.supervised.tobytes()).hexdigest()
+        settings = (self.seed, self.batch_size, self.tokens_per_batch, self._whole, self.world_size, self.padded, self.group_by_length)
+        cut = f" in {self.parts}" if self.parts > 1 else ""
+        return hashlib.sha256(f"{PLAN_VERSION} {settings}{cut}".encode() + self.lengths.tobytes() + self.supervised.tobytes()).hexdigest()
 
     def __len__(self) -> int:
         """Micro-steps of the whole run, on each rank."""
@@ -111,10 +116,10 @@ class BatchPlan:
         return epoch + (step - start) / (end - start)
 
     def validation_steps(self, interval: float | int) -> list[int]:
-        """Optimiser steps after which to validate: every `interval` micro-batches (int, rounded up to steps) or share of an epoch
-        (float), and always after the last."""
+        """Optimiser steps after which to validate: every `interval` micro-batches before they are cut into parts (int, rounded up to
+        steps) or share of an epoch (float), and always after the last."""
         if isinstance(interval, int):
-            every = -(-interval // self.accumulate)
+            every = -(-interval // self._whole)
             points = set(range(every, self.steps + 1, every))
         else:
             points, start = set(), 0
@@ -128,7 +133,7 @@ class BatchPlan:
 
     def _build_epoch(self, epoch: int) -> _Epoch:
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
-        per_window = self.accumulate * self.world_size
+        per_window = self._whole * self.world_size
         if self.group_by_length and not self.padded and self.tokens_per_batch is not None:
             batches = self._pack(rng.permutation(len(self.lengths)), per_window)
         else:
@@ -138,7 +143,7 @@ class BatchPlan:
         windows = [batches[i : i + per_window] for i in range(0, len(batches), per_window)]
         if len(windows[-1]) < per_window:
             windows[-1] = self._spread(windows[-1], per_window)
-        balanced = tuple(tuple(tuple(b) for b in self._balance(window)) for window in windows)
+        balanced = tuple(tuple(tuple(b) for b in self._in_parts(self._balance(window))) for window in windows)
         return _Epoch(balanced, tuple(int(sum(self.supervised[list(b)].sum() for b in w if b)) for w in balanced))
 
     def _row_order(self, rng: np.random.Generator, per_window: int) -> list[int]:
@@ -194,6 +199,14 @@ class BatchPlan:
             piles += [by_length[::2], by_length[1::2]]
         return piles
 
+    def _in_parts(self, window: list[list[int]]) -> list[list[int]]:
+        """A window's micro-batches, each cut into `parts`: the first parts of all ranks, then the second ones."""
+        if self.parts == 1:
+            return window
+        cut = [cut_evenly(self.lengths, batch, self.parts) for batch in window]
+        ranks = self.world_size
+        return [cut[at + rank][part] for at in range(0, len(cut), ranks) for part in range(self.parts) for rank in range(ranks)]
+
     def _balance(self, window: list[list[int]]) -> list[list[int]]:
         """Deal a window's micro-batches so that the ranks of each micro-step have like amounts of work."""
         if self.world_size == 1:
@@ -216,6 +229,17 @@ def pack(lengths: np.ndarray, order: Sequence[int] | np.ndarray, tokens: int) ->
         batches[batch].append(int(row))
         insort(rooms, (room - n, batch))
     return batches
+
+
+def cut_evenly(lengths: np.ndarray, rows: Sequence[int], parts: int) -> list[list[int]]:
+    """Rows as so many lists of like tokens: the longest first, each to the list that has the fewest. Some are empty where rows are few."""
+    found: list[list[int]] = [[] for _ in range(parts)]
+    sizes = [0] * parts
+    for row in sorted(rows, key=lambda r: -int(lengths[r])):
+        at = sizes.index(min(sizes))
+        found[at].append(row)
+        sizes[at] += int(lengths[row])
+    return found
 
 
 def batch_tokens(lengths: Sequence[int] | np.ndarray, rows: Sequence[int], padded: bool) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -100,6 +100,10 @@ class LoricaDataModule(Rows, LightningDataModule):
             **batching.plan,
         )
 
+    def in_parts(self, parts: int) -> None:
+        """Plan the same steps with their micro-batches in so many parts."""
+        self.connect(replace(self.batching, plan={**self.batching.plan, "parts": parts}))
+
     def training_batch(self, k: int, rank: int) -> dict[str, Any]:
         """What micro-step k of a rank trains on."""
         m = self.plan.micro_batch(k, rank)
@@ -167,7 +171,7 @@ class LoricaDataModule(Rows, LightningDataModule):
         batch = self.batch_of(rows or [0])
         if self.shapes:
             batch = fill(batch, self._shape(batch["input_ids"].shape[1]), b.pad_id)
-        batch["weight"] = 0.0 if ghost else b.world_size * b.plan.get("accumulate", 1) / window_supervised
+        batch["weight"] = 0.0 if ghost else b.world_size * self.plan.accumulate / window_supervised
         batch["count"] = {
             "examples": len(chosen),
             "tokens": sum(len(r.ids) for r in chosen),

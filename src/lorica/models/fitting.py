@@ -99,15 +99,17 @@ def compiles(asked: bool | None, began: bool | None, loaded: Loaded, device: tor
     return micro_steps >= WORTH_COMPILING if began is None else began
 
 
-def prepare(module: LoricaModule, config: TrainConfig, machine: Machine) -> None:
+def prepare(module: LoricaModule, config: TrainConfig, machine: Machine, host_embeddings: bool) -> None:
     """Put the module on its device, its frozen weights as they were asked for: before training, and before a test alone.
 
+    Args:
+        host_embeddings: the input embeddings stay in host memory.
     Raises:
         ConfigError: the model can't do what is asked.
     """
     trainer = config.trainer
     module.to(machine.device).train()
-    if trainer.offload_embeddings and not keep_on_host(module.whole):
+    if host_embeddings and not keep_on_host(module.whole):
         raise ConfigError(
             "trainer.offload_embeddings",
             True,
@@ -177,7 +179,7 @@ def fit(
     if trainer.cuda_graphs and hindrances:
         found.notes.append(f"trainer.cuda_graphs=true: a micro-step can't be captured where {hindrances[0]}")
     if trainer.cuda_graphs is not False and not hindrances:  # all sizes or none: captured ones can't lend their memory to others
-        module.capture = partial(fitting.capture, trainer.accumulate_grad_batches, note)
+        module.capture = partial(fitting.capture, data.plan.accumulate, note)
         found.captured = True
     return found
 

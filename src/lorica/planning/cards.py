@@ -143,6 +143,13 @@ def at_hand() -> Card:
     return Card(name, int(memory.total), capability, teraflops, float(watts), busy=int(memory.used))
 
 
+def of_device(title: str, usable: int, capability: float) -> Card:
+    """A GPU that torch has begun to use. usable: bytes that it may still take, and has."""
+    known = _by_title(title)
+    teraflops, watts = (known.teraflops, known.watts) if known is not None else (70.0, 250.0)
+    return Card(title, usable, capability, teraflops, watts, context=0)
+
+
 def _by_title(title: str) -> Card | None:
     """The known card of a driver's name, as `NVIDIA GeForce RTX 4060 Ti`."""
     words = set(re.sub(r"[^a-z0-9]+", " ", title.lower()).split())

@@ -72,35 +72,20 @@ def ladder(config: TrainConfig, lengths: Lengths | None) -> Iterator[Change]:
         )
     if config.optimizer.name == "adamw":
         yield _set("optimiser", "optimizer.name=adamw_8bit", "moments in 8 bits: nearly the same loss")
-    if model.lora is not None and not t.offload_embeddings:
-        yield _set("embeddings", "trainer.offload_embeddings=true", "the same numbers; rows are read over the bus, about 1 % slower")
+    if not t.fit:
+        yield _set("fit", "trainer.fit=true", "the same rows and loss a step, in as many parts as fit: shorter products, 5-30 % slower")
     if t.gradient_checkpointing != "offload":
         yield _set(
             "recompute",
             "trainer.gradient_checkpointing=offload",
             "the same numbers; every layer runs twice, its input waits in host memory",
         )
-    yield from _smaller(config, lengths)
     if model.quantization is None and model.lora is not None:
         yield Change("bits", ("model.quantization={load_in_4bit:true}",), "NF4 weights: 9 % error each, a loss a little higher", _quantised)
     length = model.max_length // 2
     while length >= SHORTEST:
         yield _shorter(config, lengths, length)
         length //= 2
-
-
-def _smaller(config: TrainConfig, lengths: Lengths | None) -> Iterator[Change]:
-    """Micro-batches cut in half, with as many more of them a step: the same loss for the same rows."""
-    t = config.trainer
-    least = config.model.max_length
-    name = "tokens_per_batch" if t.tokens_per_batch is not None else "batch_size"
-    size, times = int(getattr(t, name) or 1), 2
-    least = least if name == "tokens_per_batch" else 1
-    while size // times >= least:
-        accumulated = t.accumulate_grad_batches * times
-        price = f"the same tokens a step in {times} parts: the loss of one large batch, shorter products, 5-30 % slower"
-        yield _set("batch", f"trainer.{name}={size // times}", price, f"trainer.accumulate_grad_batches={accumulated}")
-        times *= 2
 
 
 def _shorter(config: TrainConfig, lengths: Lengths | None, length: int) -> Change:

@@ -25,7 +25,7 @@ class Batches:
     """Micro-batches of a run.
 
     Attributes:
-        tokens: of the largest, padding included. mean: without padding, of any. rows: sequences of the largest. targets: places learnt in
+        tokens: of the largest, padding included. mean: of a row, without padding. rows: sequences of the largest. targets: places learnt in
             it. micro_steps: of the whole run; None where that is not known. longest: tokens of a row.
     """
 
@@ -43,7 +43,7 @@ def batches(config: TrainConfig, lengths: Lengths | None, flat: bool) -> Batches
     if lengths is None or not len(lengths.prompts):
         size = t.tokens_per_batch or (t.batch_size or 1) * most
         rows = t.batch_size or max(1, size // most)
-        return Batches(size, float(size), rows, round(ASSUMED_LEARNT * size), t.max_steps if t.max_steps > 0 else None, most)
+        return Batches(size, size / rows, rows, round(ASSUMED_LEARNT * size), t.max_steps if t.max_steps > 0 else None, most)
     tokens, learnt = lengths.cut(most)
     longest, mean = int(tokens.max()), float(tokens.mean())
     in_all = mean * lengths.rows
@@ -51,20 +51,18 @@ def batches(config: TrainConfig, lengths: Lengths | None, flat: bool) -> Batches
         size = min(t.tokens_per_batch, int(in_all) + STEP)
         size = -(-size // STEP) * STEP if flat else size
         rows = max(1, round(size / mean))
-        filled = float(size) if flat else min(float(size), mean * rows)
         of_epoch = -(-in_all // size)
     else:
         rows = min(t.batch_size or 1, lengths.rows)
         top = np.sort(tokens)[::-1][:rows]
         size = int(top.sum() + (rows - len(top)) * mean) if flat else rows * longest
         size = -(-size // STEP) * STEP if flat else size
-        filled = mean * rows
         of_epoch = -(-lengths.rows // rows)
     places = min(size, round(UNEVEN * size * float(learnt.sum() / tokens.sum())))
     steps = of_epoch * max(1, t.max_epochs)
     if t.max_steps >= 0:
         steps = min(steps, t.max_steps * t.accumulate_grad_batches) if t.max_epochs > 0 else t.max_steps * t.accumulate_grad_batches
-    return Batches(size, filled, rows, max(1, places), int(steps), longest)
+    return Batches(size, mean, rows, max(1, places), int(steps), longest)
 
 
 def runs_flat(config: TrainConfig, card: Card) -> bool:

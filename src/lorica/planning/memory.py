@@ -246,3 +246,17 @@ def settle(job: Job, card: Card, asked: bool | int | str | None, resident: bool 
 def _fit(job: Job, card: Card) -> Fit:
     peak = max(total(PHASES[phase](job, card)) for phase in ("load", "train", "evaluate", "save"))
     return Fit(job, total(train(job, card)), peak * (1 + PIECES) <= card.usable)
+
+
+def layers_line(job: Job) -> str:
+    """How the layers run, in words."""
+    ways = ["compiled" if job.way.compiled else "not compiled"]
+    if job.resident:
+        ways.append("4-bit weights kept plain as well")
+    if not job.recomputed:
+        ways.append("activations kept")
+    elif job.recomputed == job.shape.layers:
+        ways.append("every layer computed again in backward" + (", its input in host memory meanwhile" if job.offload else ""))
+    else:
+        ways.append(f"{job.recomputed} of {job.shape.layers} layers computed again in backward")
+    return ", ".join(ways)

@@ -41,7 +41,7 @@ def pace(job: Job, sizes: Batches, card: Card, epochs: float | None, rows: int |
     tokens = rate(job, sizes, card)
     if rows is None or epochs is None:
         return Pace(tokens, None, None, None, card.name.startswith(MEASURED_ON[:4]))
-    epoch = rows * sizes.mean / max(1, sizes.rows) / tokens
+    epoch = rows * sizes.mean / tokens
     whole = epoch * epochs
     return Pace(tokens, epoch, whole, whole * card.watts * WORKING, card.name.startswith(MEASURED_ON[:4]))
 
@@ -53,7 +53,7 @@ def rate(job: Job, sizes: Batches, card: Card) -> float:
     of_batch = each * job.tokens * (989 / card.teraflops)  # that would keep an H200 as long
     share = _between(DECODERS if job.shape.decoder else ENCODERS, of_batch)
     share *= (1.0 if job.way.compiled else NOT_COMPILED) * (DEQUANTISED if job.four_bit and not job.resident else 1.0)
-    padding = min(1.0, sizes.mean / max(1, job.tokens))
+    padding = min(1.0, sizes.mean * sizes.rows / max(1, job.tokens))
     return able * share / each * padding
 
 

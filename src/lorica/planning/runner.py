@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorica.config import ClassificationDataConfig, ConfigError, PlanConfig, TrainConfig
-from lorica.planning import cards, changes, memory
+from lorica.planning import cards, changes, memory, parts
 from lorica.planning.cards import GIB, Card
-from lorica.planning.jobs import Batches, job_of
+from lorica.planning.jobs import Batches
 from lorica.planning.lengths import Lengths, look
 from lorica.planning.pace import Pace, pace
 from lorica.planning.shapes import Shape, find_shape
@@ -26,17 +26,18 @@ class Plan:
     shape: Shape
     card: Card
     lengths: Lengths | None
+    size: parts.Size
     fit: memory.Fit
     sizes: Batches
     pace: Pace
 
 
 def make(config: TrainConfig, card: Card, shape: Shape, lengths: Lengths | None) -> Plan:
-    """The plan of a run on a card."""
-    job, sizes = job_of(config, shape, card, lengths)
-    fit = memory.settle(job, card, config.trainer.gradient_checkpointing, config.trainer.resident_weights)
+    """The plan of a run on a card: of the fastest way that fits, or, where none does, of the one that takes least."""
+    chosen = parts.fastest(config, shape, card, lengths) or parts.smallest(config, shape, card, lengths)
     epochs = float(config.trainer.max_epochs) if config.trainer.max_epochs > 0 else None
-    return Plan(shape, card, lengths, fit, sizes, pace(fit.job, sizes, card, epochs, lengths.rows if lengths is not None else None))
+    took = pace(chosen.fit.job, chosen.sizes, card, epochs, lengths.rows if lengths is not None else None)
+    return Plan(shape, card, lengths, chosen.size, chosen.fit, chosen.sizes, took)
 
 
 def run(config: PlanConfig, train: TrainConfig, as_numbers: bool = False) -> int:
@@ -91,24 +92,9 @@ def proposals(train: TrainConfig, card: Card, shape: Shape, lengths: Lengths | N
     return [Proposal(way, make(changes.changed(train, way), card, shape, lengths)) for way in ways]
 
 
-def parts(plan: Plan) -> dict[str, memory.Parts]:
+def by_phase(plan: Plan) -> dict[str, memory.Parts]:
     """Bytes of each phase, by what they are."""
     return {name: memory.PHASES[name](plan.fit.job, plan.card) for name in PHASES}
-
-
-def how(plan: Plan) -> str:
-    """How the layers run."""
-    job = plan.fit.job
-    ways = ["compiled" if job.way.compiled else "not compiled"]
-    if job.resident:
-        ways.append("4-bit weights kept plain as well")
-    if not job.recomputed:
-        ways.append("activations kept")
-    elif job.recomputed == job.shape.layers:
-        ways.append("every layer computed again in backward" + (", its input in host memory meanwhile" if job.offload else ""))
-    else:
-        ways.append(f"{job.recomputed} of {job.shape.layers} layers computed again in backward")
-    return ", ".join(ways)
 
 
 def as_json(plan: Plan, found: list[Proposal] | None) -> dict[str, Any]:
@@ -120,15 +106,16 @@ def as_json(plan: Plan, found: list[Proposal] | None) -> dict[str, Any]:
         "usable_bytes": plan.card.usable,
         "card": asdict(plan.card),
         "model": {"weights": plan.shape.weights, "trained": job.trained, "exact": plan.shape.exact},
-        "micro_batch": asdict(plan.sizes),
+        "micro_batch": {**asdict(plan.sizes), "parts": plan.size.parts},
         "layers": {
             "compiled": job.way.compiled,
             "flat": job.way.flat,
             "recomputed": job.recomputed,
             "offload": job.offload,
             "resident": job.resident,
+            "host_embeddings": plan.size.host_embeddings,
         },
-        "phases": {name: {part: round(size) for part, size in found.items()} for name, found in parts(plan).items()},
+        "phases": {name: {part: round(size) for part, size in found.items()} for name, found in by_phase(plan).items()},
         "rows": None if plan.lengths is None else {"rows": plan.lengths.rows, "tokens_counted": plan.lengths.counted},
         "time": asdict(plan.pace),
         "changes": None
@@ -184,7 +171,9 @@ def _facts(plan: Plan, train: TrainConfig, config: PlanConfig) -> list[tuple[str
             f"{job.tokens:,} tokens x {train.trainer.accumulate_grad_batches} accumulated, {'end to end' if job.way.flat else 'padded'}",
         )
     )
-    rows.append(("layers", how(plan)))
+    if plan.size != parts.asked(train):
+        rows.append(("fitted", parts.told(plan.size, train, card)))
+    rows.append(("layers", memory.layers_line(job)))
     rows.append(
         (
             "card",
@@ -212,7 +201,7 @@ def _table(plan: Plan) -> Any:
     """GiB by phase and by what they are."""
     from rich.table import Table
 
-    found = parts(plan)
+    found = by_phase(plan)
     names = list(dict.fromkeys(part for of_phase in found.values() for part in of_phase))
     table = Table(title="GiB", title_justify="left", title_style="bold")
     table.add_column("")

@@ -1,0 +1,103 @@
+"""In how many parts a run's micro-batches are fastest on a card (`trainer.fit`): the same rows and the same loss a step, whatever it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from lorica.config import TrainConfig
+from lorica.planning import memory
+from lorica.planning.cards import GIB, Card
+from lorica.planning.jobs import Batches, job_of
+from lorica.planning.lengths import Lengths
+from lorica.planning.pace import rate
+from lorica.planning.shapes import Shape
+
+MOST_PARTS = 64
+BETTER = 1.03  # times as fast must another way be than the one with fewer parts
+HOST_EMBEDDINGS = 0.99  # of the rate without
+
+
+@dataclass(frozen=True)
+class Size:
+    """parts: that each micro-batch is cut into. host_embeddings: whether the input embeddings are kept in host memory."""
+
+    parts: int = 1
+    host_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A size, how the run's layers run with it, and its micro-batches."""
+
+    size: Size
+    fit: memory.Fit
+    sizes: Batches
+
+
+def asked(config: TrainConfig) -> Size:
+    """The run as it is set up."""
+    return Size(1, config.trainer.offload_embeddings)
+
+
+def sized(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | None, size: Size) -> Sized:
+    """A run in parts, on a card."""
+    job, sizes = job_of(config, shape, card, lengths)
+    job, sizes = _cut(replace(job, host_embeddings=size.host_embeddings), sizes, size.parts)
+    return Sized(size, memory.settle(job, card, config.trainer.gradient_checkpointing, config.trainer.resident_weights), sizes)
+
+
+def fastest(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | None) -> Sized | None:
+    """The fastest way that fits; None where none does."""
+    best, most = None, 0.0
+    for size in _ways(config, shape, card, lengths):
+        found = sized(config, shape, card, lengths, size)
+        if not found.fit.fits:
+            continue
+        speed = rate(found.fit.job, found.sizes, card) * (HOST_EMBEDDINGS if size.host_embeddings else 1.0)
+        if best is None or speed > most * BETTER:
+            best, most = found, speed
+    return best
+
+
+def smallest(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | None) -> Sized:
+    """The way that takes the least memory."""
+    return min((sized(config, shape, card, lengths, size) for size in _ways(config, shape, card, lengths)), key=lambda one: one.fit.peak)
+
+
+def told(size: Size, config: TrainConfig, card: Card) -> str:
+    """What to tell the user of a size that was not asked for."""
+    cut = f"micro-batches run in {size.parts} parts, with the same rows and the same loss a step" if size.parts > 1 else ""
+    moved = "the input embeddings wait in host memory" if size.host_embeddings and not config.trainer.offload_embeddings else ""
+    return f"to fit {card.usable / GIB:.1f} GiB, {' and '.join(filter(None, (cut, moved)))}"
+
+
+def _ways(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | None) -> Iterator[Size]:
+    """Parts down to a row each, without and with the embeddings on the card."""
+    before = asked(config)
+    yield before
+    if not config.trainer.fit:
+        return
+    lora = config.model.lora
+    movable = shape.decoder and shape.head > 0 and lora is not None and not lora.modules_to_save and not before.host_embeddings
+    rows = job_of(config, shape, card, lengths)[1].rows
+    parts = 1
+    while parts <= min(MOST_PARTS, rows):
+        if parts > 1:
+            yield Size(parts, before.host_embeddings)
+        if movable:
+            yield Size(parts, True)
+        parts *= 2
+
+
+def _cut(job: memory.Job, sizes: Batches, parts: int) -> tuple[memory.Job, Batches]:
+    """The largest part: its even share, and half a row that is one too many."""
+    if parts == 1:
+        return job, sizes
+    rows = -(-job.rows // parts)
+    tokens = min(job.tokens, max(sizes.longest, job.tokens // parts + sizes.longest // 2))
+    targets = min(tokens, -(-job.targets * tokens // job.tokens))
+    return (
+        replace(job, tokens=tokens, rows=rows, targets=targets),
+        replace(sizes, tokens=tokens, rows=rows, targets=targets),
+    )

@@ -1,0 +1,105 @@
+"""`trainer.fit`: what is chosen for a card, and that the loss is the same whatever it is."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lorica import sizing
+from lorica.composition import compose
+from lorica.config import TrainConfig
+from lorica.planning import parts
+from lorica.planning.cards import CARDS, GIB, Card
+from lorica.planning.lengths import Lengths, look
+from lorica.planning.parts import Size
+from lorica.planning.shapes import Shape, find_shape
+
+Lorica = Callable[..., tuple[int, str]]
+LIMITS = (6, 7.5, 11, 15, 22)
+
+
+def run(*overrides: str) -> tuple[TrainConfig, Shape, Lengths | None]:
+    config = compose("train", ["model=mistral_qlora", "data=healthcare_qa", "trainer.compile=true", *overrides])
+    return config, find_shape(config.model, 0), look(config, 2000)
+
+
+def card(gib: float) -> Card:
+    return replace(CARDS["h200_141gb"], memory=int(gib * GIB), context=0)
+
+
+def test_a_large_card_runs_what_was_asked_for() -> None:
+    config, shape, lengths = run("trainer.tokens_per_batch=16384")
+    found = parts.fastest(config, shape, card(139), lengths)
+    assert found is not None and found.size == Size(1, False) and found.fit.job.resident
+
+
+@pytest.mark.parametrize("length", [512, 1024, 2048])
+@pytest.mark.parametrize("gib", LIMITS)
+def test_on_every_smaller_card_something_fits(gib: float, length: int) -> None:
+    config, shape, lengths = run("trainer.tokens_per_batch=16384", f"model.max_length={length}")
+    found = parts.fastest(config, shape, card(gib), lengths)
+    assert found is not None and found.fit.peak <= gib * GIB
+
+
+def test_the_smaller_the_card_the_less_it_holds_at_once() -> None:
+    config, shape, lengths = run("trainer.tokens_per_batch=16384")
+    held = [parts.fastest(config, shape, card(gib), lengths) for gib in LIMITS]
+    assert all(held)
+    peaks = [one.fit.peak for one in held if one is not None]
+    assert peaks == sorted(peaks)
+
+
+def test_what_was_turned_off_is_not_done() -> None:
+    config, shape, lengths = run("trainer.tokens_per_batch=16384", "trainer.fit=false", "trainer.gradient_checkpointing=false")
+    assert parts.fastest(config, shape, card(11), lengths) is None
+
+
+def test_what_fits_nowhere_is_refused_with_what_would() -> None:
+    config, shape, lengths = run("model.quantization=null")
+    error = sizing.refusal(config, shape, card(7.5), lengths or pytest.fail("rows are at hand"))
+    assert "needs 1" in str(error) and "of 7.5" in str(error) and "model.quantization={load_in_4bit:true}" in str(error)
+
+
+def losses(folder: Path) -> list[float]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
+
+
+@pytest.fixture
+def trained(tmp_path: Path, tiny_mistral: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Train the tiny Mistral in so many parts; the run folder."""
+
+    def train(count: int, *more: str) -> Path:
+        monkeypatch.setattr(sizing, "choose", lambda *_: (Size(count), ""))
+        folder = tmp_path / f"parts-{count}-{len(more)}"
+        settings = ["model=tiny_mistral_qlora", f"model.base={tiny_mistral}", "data=sentiment", "trainer.tokens_per_batch=1024"]
+        settings += [
+            "optimizer.lr_scheduler_type=constant",
+            "trainer.accumulate_grad_batches=2",
+            "trainer.max_steps=6",
+            "trainer.log_every_n_steps=1",
+            "trainer.precision=32-true",
+        ]
+        code, printed = lorica("train", *settings, f"run_dir={folder}", "logger=csv", "data.max_test_examples=8", *more)
+        assert code == 0, printed
+        return folder
+
+    return train
+
+
+@pytest.mark.slow
+def test_parts_change_the_loss_by_rounding_only_and_a_run_goes_on_in_its_own(
+    trained: Callable[..., Path], lorica: Lorica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, straight = losses(trained(1)), losses(trained(3))
+    assert len(whole) == 4 and straight == pytest.approx(whole, rel=1e-4)
+    begun = trained(3, "trainer.max_steps=2", "trainer.checkpoint_every_n_steps=2")
+    (begun / "metrics.json").unlink()
+    monkeypatch.setattr(sizing, "choose", lambda *_: pytest.fail("a run that goes on has its parts"))
+    code, printed = lorica("train", f"resume={begun}", "trainer.max_steps=4")
+    assert code == 0, printed
+    assert losses(begun) == straight
