@@ -39,7 +39,8 @@ Values are written in Hydra's grammar, hence the quotes in quotes. `text`, `form
 `predict`, `merge`, `export` and `doctor` are taken as they are: commas, apostrophes and umlauts need the shell's quotes only.
 
 `lorica VERB ...` does the same where the package is installed; the verbs are `train`, `predict`, `merge`, `export`, `push`,
-`compare` and `doctor`. Groups and `-m` belong to `train`; `compare` takes its groups and keys too, for all of its models. Each
+`compare`, `plan` and `doctor`. Groups and `-m` belong to `train`; `compare` takes its groups and keys too, for all of its models, and
+`plan`, with `gpu=NAME` besides. Each
 combination of a grid is a process and a run folder of its own, under `outputs/grids/`; one that is finished is not run again, and a
 key is left out of combinations that have no use for it (`model.lora.r` with `model=minilm_full`).
 
@@ -59,7 +60,7 @@ loaded, with the key, the value, the rule and what to type instead.
 | exit code | meaning |
 |---|---|
 | 0 | done |
-| 1 | failed: training (the traceback is in train.log), runs of a grid, rows of a file that got no prediction, a check of `doctor` |
+| 1 | training failed (train.log has the traceback), or runs of a grid, rows of a file, a check of `doctor`; a `plan` does not fit |
 | 2 | the configuration, a file or the machine can't be used for this |
 | 75 | asked to stop; what is done is kept: `train` goes on with `resume=auto`, `predict` with the same command |
 | 130 | interrupted, with nothing kept |

@@ -80,7 +80,7 @@ def trained(tmp_path: Path, tiny_mistral: Path, lorica: Lorica, monkeypatch: pyt
         settings += [
             "optimizer.lr_scheduler_type=constant",
             "trainer.accumulate_grad_batches=2",
-            "trainer.max_steps=6",
+            "trainer.max_steps=4",
             "trainer.log_every_n_steps=1",
             "trainer.precision=32-true",
         ]
