@@ -3,7 +3,7 @@ the run as it was set up. Both by `planning`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
@@ -36,8 +36,8 @@ def lengths_of(data: LoricaDataModule, config: TrainConfig) -> Lengths:
     return Lengths(tokens - learnt, learnt, len(tokens), True, len(data.labels or []), classified)
 
 
-def choose(config: TrainConfig, data: LoricaDataModule, machine: Machine, architecture: dict[str, Any]) -> tuple[Size, str]:
-    """The fastest size that fits, and what to tell the user where it is not what was asked for.
+def choose(config: TrainConfig, data: LoricaDataModule, machine: Machine, architecture: dict[str, Any]) -> tuple[int, bool, str]:
+    """`Size` of the fastest way that fits, and what to tell the user where it is not what was asked for.
 
     Args:
         architecture: the base's config.json.
@@ -45,15 +45,15 @@ def choose(config: TrainConfig, data: LoricaDataModule, machine: Machine, archit
         ConfigError: nothing fits; with what would.
     """
     if machine.device.type != "cuda" or not config.trainer.fit:
-        return parts.asked(config), ""
+        return *astuple(parts.asked(config)), ""
     shape = shape_of(architecture, config.model, len(data.labels or []))
     if not shape.exact:
-        return parts.asked(config), ""  # its figures are rough: trying decides
+        return *astuple(parts.asked(config)), ""  # its figures are rough: trying decides
     card, lengths = card_at_hand(machine), lengths_of(data, config)
     found = parts.fastest(config, shape, card, lengths)
     if found is None:
         raise refusal(config, shape, card, lengths)
-    return found.size, parts.told(found.size, config, card) if found.size != parts.asked(config) else ""
+    return *astuple(found.size), parts.told(found.size, config, card) if found.size != parts.asked(config) else ""
 
 
 def refusal(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths) -> ConfigError:

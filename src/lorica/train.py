@@ -120,6 +120,7 @@ def run(config: TrainConfig, besides: Sequence[Callback] = ()) -> int:
         os.environ.pop("LORICA_RUN", None)
         os.environ.pop("LORICA_REPORT", None)
         os.environ.pop("LORICA_TEACHER", None)
+        os.environ.pop("LORICA_SIZE", None)
 
 
 def _begin(config: TrainConfig, held: list[Held]) -> tuple[str, str | None, bool, list[str]]:
@@ -197,7 +198,10 @@ def _train(run: Run) -> int:
     if began:
         size = Size(int(began.get("parts of a micro-batch", "1")), config.trainer.offload_embeddings)
     else:
-        size, why = sizing.choose(config, data, machine, architecture)
+        parts, host_embeddings, why = launch.decided_once(
+            lambda: sizing.choose(config, data, machine, architecture), config.trainer.accelerator, "LORICA_SIZE"
+        )
+        size = Size(parts, host_embeddings)
         run.notes += filter(None, [why])
     loaded = load(config, data, machine, prepared)
     data.connect(_batching(run, data, loaded, machine, size.parts))

@@ -74,7 +74,7 @@ def trained(tmp_path: Path, tiny_mistral: Path, lorica: Lorica, monkeypatch: pyt
     """Train the tiny Mistral in so many parts; the run folder."""
 
     def train(count: int, *more: str) -> Path:
-        monkeypatch.setattr(sizing, "choose", lambda *_: (Size(count), ""))
+        monkeypatch.setattr(sizing, "choose", lambda *_: (count, False, ""))
         folder = tmp_path / f"parts-{count}-{len(more)}"
         settings = ["model=tiny_mistral_qlora", f"model.base={tiny_mistral}", "data=sentiment", "trainer.tokens_per_batch=1024"]
         settings += [

@@ -1,0 +1,139 @@
+"""`trainer.fit` on cards of several sizes, which a large one plays by giving a process so much of its memory.
+
+`python -m benchmarks.fit OUT.json --model DIR [--limits 6,7.5,11,15,22] [--lengths 512,1024,2048] [--stages fitted,settings]`
+
+fitted: QLoRA of Mistral-7B, 8,192 tokens a step, at every limit and length with `trainer.fit=true`: tokens/s, peak, and the loss of every
+step, which is to be the same at every limit. settings: every way by hand (parts, layers computed again), each once without a limit, for
+a rate does not depend on what is left; the best of a cell is the fastest whose reserved memory is within the limit.
+A cell that the plan says does not fit is to be refused, not run into.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import qlora
+from benchmarks.side_by_side import Failed, call, machine, scratch, versions
+
+TOKENS, STEPS, WARM = 8192, 16, 6
+PARTS = (1, 2, 4, 8)
+AGAIN = ("false", "8", "16", "24", "true", "offload")
+
+
+def recipe(model: Path, rows: Path, length: int, *more: str) -> list[str]:
+    """The overrides of every run."""
+    steps = (f"trainer.max_steps={STEPS}", "trainer.log_every_n_steps=1", f"model.max_length={length}")
+    return qlora.recipe(model, rows, f"trainer.tokens_per_batch={TOKENS}", *steps, *more)
+
+
+def trained(overrides: list[str], limit: float | None, timeout: float) -> dict[str, Any]:
+    """Figures of one run, or why there are none: refused (exit code 2), out of memory, or another failure."""
+    folder = scratch() / "run"
+    program = ["train.py"] if limit is None else ["-m", "benchmarks.capped_train", f"{limit}"]
+    began = time.perf_counter()
+    try:
+        call([sys.executable, *program, *overrides, f"run_dir={folder}"], timeout)
+        figures = json.loads((folder / "metrics.json").read_text())
+        with (folder / "metrics.csv").open(newline="") as file:
+            steps = [row for row in csv.DictReader(file) if row.get("train/loss")]
+    except (Failed, OSError) as e:
+        tail = getattr(e, "tail", [])
+        kind = "refused" if "exit code 2" in str(e) else "out of memory" if any("out of memory" in line for line in tail) else "failed"
+        return {"ended": kind, "output": tail}
+    rates = [float(row["train/tokens_per_second"]) for row in steps[WARM:] if row.get("train/tokens_per_second")]
+    return {
+        "ended": "trained",
+        "tokens_per_second": statistics.median(rates),
+        "peak_gib": figures["memory/peak_gib"],
+        "reserved_gib": figures["memory/reserved_gib"],
+        "predicted_gib": figures.get("memory/predicted_gib"),
+        "losses": [float(row["train/loss"]) for row in steps],
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def settings(length: int) -> list[tuple[str, list[str]]]:
+    """(name, overrides) of every way by hand: the same tokens a step."""
+    found = []
+    for parts in PARTS:
+        if TOKENS // parts < length:
+            continue
+        for again in AGAIN:
+            batch = [f"trainer.tokens_per_batch={TOKENS // parts}", f"trainer.accumulate_grad_batches={parts}"]
+            way = [f"trainer.gradient_checkpointing={again}", "trainer.resident_weights=false", "trainer.fit=false"]
+            found.append((f"{parts} parts, again {again}", [*batch, *way]))
+    return found
+
+
+def table(rows: list[dict[str, Any]], by_hand: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each cell beside the best way by hand that is within its limit."""
+    found = []
+    for row in rows:
+        own = [r for r in by_hand if r["length"] == row["length"] and r["ended"] == "trained" and r["reserved_gib"] <= row["limit"]]
+        best = max(own, key=lambda r: float(r["tokens_per_second"]), default=None)
+        share = row["tokens_per_second"] / best["tokens_per_second"] if best and row["ended"] == "trained" else None
+        found.append(
+            {
+                **{k: row.get(k) for k in ("limit", "length", "ended", "tokens_per_second", "peak_gib", "predicted_gib")},
+                "best": best["name"] if best else None,
+                "share_of_best": share,
+            }
+        )
+    return found
+
+
+def loss_spread(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The largest relative difference of a step's loss between limits, by length."""
+    spread = {}
+    for length in sorted({row["length"] for row in rows}):
+        curves = [row["losses"] for row in rows if row["length"] == length and row["ended"] == "trained"]
+        if len(curves) > 1:
+            spread[str(length)] = max(max(at) / min(at) - 1 for at in zip(*curves, strict=False))
+    return spread
+
+
+def main() -> None:
+    """Both stages, written after every run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--limits", default="6,7.5,11,15,22")
+    parser.add_argument("--lengths", default="512,1024,2048")
+    parser.add_argument("--stages", default="fitted,settings")
+    parser.add_argument("--timeout", type=float, default=150)
+    parser.add_argument("--within", type=float, default=1e9, help="seconds after which no further run is begun")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    rows_folder = options.model.with_name(f"{options.model.name}-rows")
+    qlora.prepare(options.model, rows_folder, "mixed")
+    fitted: list[dict[str, Any]] = []
+    by_hand: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any], where: list[dict[str, Any]]) -> None:
+        where.append(row)
+        print(json.dumps({k: v for k, v in row.items() if k not in ("losses", "output")}), flush=True)
+        facts = {"tokens": TOKENS, "steps": STEPS, **machine(), "versions": versions()}
+        text = {**facts, "cells": table(fitted, by_hand), "loss_spread": loss_spread(fitted), "fitted": fitted, "settings": by_hand}
+        options.out.write_text(json.dumps(text, indent=1) + "\n")
+
+    for length in map(int, options.lengths.split(",")):
+        for limit in map(float, options.limits.split(",")) if "fitted" in options.stages else ():
+            if time.perf_counter() - began < options.within:
+                own = recipe(options.model, rows_folder / "mixed", length)
+                keep({"limit": limit, "length": length, **trained(own, limit, options.timeout)}, fitted)
+        for name, way in settings(length) if "settings" in options.stages else ():
+            if time.perf_counter() - began < options.within:
+                own = recipe(options.model, rows_folder / "mixed", length, *way)
+                keep({"name": name, "length": length, **trained(own, None, options.timeout)}, by_hand)
+    print(json.dumps(table(fitted, by_hand), indent=1))
+
+
+if __name__ == "__main__":
+    main()
