@@ -198,10 +198,10 @@ def _train(run: Run) -> int:
     if began:
         size = Size(int(began.get("parts of a micro-batch", "1")), config.trainer.offload_embeddings)
     else:
-        parts, host_embeddings, why = launch.decided_once(
+        into, on_host, why = launch.decided_once(
             lambda: sizing.choose(config, data, machine, architecture), config.trainer.accelerator, "LORICA_SIZE"
         )
-        size = Size(parts, host_embeddings)
+        size = Size(into, on_host)
         run.notes += filter(None, [why])
     loaded = load(config, data, machine, prepared)
     data.connect(_batching(run, data, loaded, machine, size.parts))

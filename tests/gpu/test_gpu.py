@@ -288,3 +288,35 @@ def test_the_doctor_finds_the_gpu_sound(tmp_path: Path) -> None:
     for name in ("torch", "gpu", "compiler", "triton", "bitsandbytes", "attention"):
         assert checks[name]["verdict"] == "ok", checks[name]
     assert "took a step" in checks["bitsandbytes"]["found"] and "compiled a kernel" in checks["triton"]["found"]
+
+
+def test_a_run_takes_its_micro_batches_in_parts_where_the_card_is_small(tmp_path: Path, tiny_mistral: Path) -> None:
+    words = ["river", "stone", "music", "paper", "winter", "garden", "engine", "letter"]
+    rows = [" ".join(words[(i * k) % 8] for k in range(1, 60)) for i in range(4000)]
+    (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"{row},{i % 2}\n" for i, row in enumerate(rows)))
+    program = """
+import sys, torch
+torch.cuda.set_per_process_memory_fraction(float(sys.argv[1]) * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+from lorica.cli import main
+main("train", sys.argv[2:])
+"""
+    settings = ["model=tiny_mistral_qlora", f"model.base={tiny_mistral}", "data=classification", "data.source=files"]
+    settings += [f"data.path={tmp_path / 'train.csv'}", "data.max_leakage=1", "data.near_duplicate_similarity=null"]
+    settings += ["data.max_validation_examples=8", "data.max_test_examples=8", "trainer.tokens_per_batch=65536"]
+    settings += ["trainer.max_steps=3", "trainer.log_every_n_steps=1", "trainer.compile=false"]
+    losses, peaks, printed = {}, {}, {}
+    for gib in (16, 0.7):
+        folder = tmp_path / str(gib)
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(gib), *settings, f"run_dir={folder}"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        table = (folder / "metrics.csv").read_text().splitlines()
+        column = table[0].split(",").index("train/loss")
+        losses[gib] = [float(line.split(",")[column]) for line in table[1:] if line.split(",")[column]]
+        peaks[gib] = json.loads((folder / "metrics.json").read_text())
+        printed[gib] = done.stdout
+    assert "parts" in printed[0.7] and "parts, with the same rows" not in printed[16]
+    assert peaks[0.7]["memory/peak_gib"] < 0.7 < peaks[16]["memory/peak_gib"]
+    assert losses[0.7] == pytest.approx(losses[16], rel=1e-3)
+    assert all("memory/predicted_gib" in figures and "GiB expected at the peak" in printed[gib] for gib, figures in peaks.items())
