@@ -103,3 +103,52 @@ def test_parts_change_the_loss_by_rounding_only_and_a_run_goes_on_in_its_own(
     code, printed = lorica("train", f"resume={begun}", "trainer.max_steps=4")
     assert code == 0, printed
     assert losses(begun) == straight
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("filled", [False, True])
+def test_what_is_expected_of_a_run_is_of_its_real_batches(
+    padded: bool, filled: bool, tiny_mistral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from lorica.data.encoding import build_encoder
+    from lorica.data.module import Batching
+    from lorica.data.registry import build_data
+    from lorica.hardware import Machine
+    from lorica.models import base, weights
+    from lorica.models.fitting import Fit
+
+    overrides = ["model=tiny_mistral_qlora", f"model.base={tiny_mistral}", "data=healthcare_qa", "trainer.tokens_per_batch=1024"]
+    config = compose("train", overrides)
+    data = build_data(config.data, config.seed)
+    data.load()
+    found = base.find_base(config.model.base, None)
+    tokenizer = base.load_tokenizer(found)
+    data.encode(build_encoder(weights.asked(config, data), tokenizer))
+    size = Size(2)
+    plan = {"tokens_per_batch": 1024, "accumulate": 1, "parts": size.parts, "max_epochs": 1}
+    data.connect(Batching(pad_id=3, padded=padded, plan=plan))
+    if filled and not padded:
+        data.fill_batches()
+    machine = Machine("cuda", [0], torch.device("cuda"), 0, 1, "bf16-mixed")
+    monkeypatch.setattr(sizing, "card_at_hand", lambda _: card(8))
+    architecture = base.load_config(found, config.model).to_dict()
+    assert sizing.choose(config, data, machine, architecture) == (1, False, "")
+    before = sizing.expected(config, data, machine, architecture, size)
+    assert before is not None and before.fits and before.job.tokens <= 1024
+    largest = max(batch["input_ids"].numel() for batch in data.largest_batches())
+    assert before.job.tokens == largest
+    after = sizing.after_trying(before, Fit(4, 4, False, False), data, size, machine)
+    assert 0 < after <= before.peak / GIB
+
+
+def test_nothing_is_expected_of_a_cpu() -> None:
+    import torch
+
+    from lorica.hardware import Machine
+
+    config = compose("train", [])
+    machine = Machine("cpu", 1, torch.device("cpu"), 0, 1, "32-true")
+    assert sizing.choose(config, None, machine, {}) == (1, False, "")  # type: ignore[arg-type]
+    assert sizing.expected(config, None, machine, {}, Size()) is None  # type: ignore[arg-type]
