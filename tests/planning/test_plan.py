@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,7 @@ from lorica.composition import compose
 from lorica.planning import changes, runner
 from lorica.planning.cards import CARDS
 from lorica.planning.lengths import look
+from lorica.planning.pace import rate
 from lorica.planning.shapes import find_shape
 
 Lorica = Callable[..., tuple[int, str]]
@@ -101,6 +104,19 @@ def test_mistakes(typed: list[str], says: str, lorica: Lorica) -> None:
 def test_costs_are_said_where_prices_are_given(lorica: Lorica) -> None:
     _, printed = lorica("plan", "model=mistral_qlora", "data=healthcare_qa", "gpu=h200", "price_per_hour=4", "price_per_kwh=0.3")
     assert "for electricity" in printed and "for the card" in printed
+
+
+@pytest.mark.parametrize(("case", "tokens", "again"), [("512-smallest", 512, 32), ("2k", 2048, 0), ("16k", 16384, 0)])
+def test_the_rate_on_an_h200_is_the_measured_one(case: str, tokens: int, again: int) -> None:
+    rows = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "qlora_rates_h200.json").read_text())["runs"]
+    measured = next(row["tokens_per_second"] for row in rows if row["case"] == case)
+    plan = planned(
+        "model=mistral_qlora", "data=healthcare_qa", f"trainer.tokens_per_batch={tokens}", "model.max_length=512", card="h200_141gb"
+    )
+    way = replace(plan.fit.job.way, compiled=True)
+    job = replace(plan.fit.job, way=way, tokens=tokens, targets=round(0.55 * tokens), resident=not again, recomputed=again)
+    sizes = replace(plan.sizes, rows=1, mean=float(tokens))
+    assert rate(job, sizes, CARDS["h200_141gb"]) == pytest.approx(measured, rel=0.1)
 
 
 def test_the_order_of_cards_by_speed_is_that_of_their_makers() -> None:

@@ -17,7 +17,8 @@ class Card:
 
     Attributes:
         memory: bytes, of all processes. capability: of CUDA, as 8.9. teraflops: dense bf16 (fp16 on older cards) with fp32 sums, by the
-            maker's data sheet. watts: its limit. context: bytes that CUDA takes for itself. busy: bytes that other processes hold.
+            maker's data sheet. watts: its limit. bandwidth: of its memory, GB/s. context: bytes that CUDA takes for itself. busy: bytes
+            that other processes hold.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Card:
     capability: float
     teraflops: float
     watts: float
+    bandwidth: float
     context: int = 480 << 20
     busy: int = 0
 
@@ -44,37 +46,37 @@ class Card:
         return (64 << 20) if self.capability >= 9.0 else (17 << 20)
 
 
-def _card(title: str, gib: float, capability: float, teraflops: float, watts: float) -> Card:
-    return Card(title, int(gib * GIB), capability, teraflops, watts)
+def _card(title: str, gib: float, capability: float, teraflops: float, watts: float, bandwidth: float) -> Card:
+    return Card(title, int(gib * GIB), capability, teraflops, watts, bandwidth)
 
 
 # Memory: torch.cuda.get_device_properties(0).total_memory, which is some hundred MiB below the box's number.
 CARDS = {
-    "rtx3060_12gb": _card("RTX 3060 12 GB", 11.76, 8.6, 25, 170),
-    "rtx3070_8gb": _card("RTX 3070 8 GB", 7.66, 8.6, 41, 220),
-    "rtx3080_10gb": _card("RTX 3080 10 GB", 9.66, 8.6, 60, 320),
-    "rtx3090_24gb": _card("RTX 3090 24 GB", 23.57, 8.6, 71, 350),
-    "rtx4060_8gb": _card("RTX 4060 8 GB", 7.63, 8.9, 30, 115),
-    "rtx4060ti_16gb": _card("RTX 4060 Ti 16 GB", 15.57, 8.9, 44, 165),
-    "rtx4070_12gb": _card("RTX 4070 12 GB", 11.6, 8.9, 58, 200),
-    "rtx4080_16gb": _card("RTX 4080 16 GB", 15.57, 8.9, 97, 320),
-    "rtx4090_24gb": _card("RTX 4090 24 GB", 23.5, 8.9, 165, 450),
-    "rtx5060ti_16gb": _card("RTX 5060 Ti 16 GB", 15.47, 12.0, 47, 180),
-    "rtx5070_12gb": _card("RTX 5070 12 GB", 11.5, 12.0, 62, 250),
-    "rtx5080_16gb": _card("RTX 5080 16 GB", 15.47, 12.0, 113, 360),
-    "rtx5090_32gb": _card("RTX 5090 32 GB", 31.36, 12.0, 209, 575),
-    "t4_16gb": _card("T4 16 GB", 14.56, 7.5, 65, 70),
-    "colab_t4": _card("Colab's T4", 14.74, 7.5, 65, 70),
-    "kaggle_t4": _card("one of Kaggle's two T4", 14.74, 7.5, 65, 70),
-    "l4_24gb": _card("L4 24 GB", 22.03, 8.9, 121, 72),
-    "a10_24gb": _card("A10 24 GB", 21.98, 8.6, 125, 150),
-    "a10g_24gb": _card("A10G 24 GB", 21.99, 8.6, 70, 300),
-    "l40s_48gb": _card("L40S 48 GB", 44.4, 8.9, 362, 350),
-    "a100_40gb": _card("A100 40 GB", 39.39, 8.0, 312, 400),
-    "a100_80gb": _card("A100 80 GB", 79.15, 8.0, 312, 400),
-    "h100_80gb": _card("H100 80 GB", 79.11, 9.0, 989, 700),
-    "h200_141gb": _card("H200 141 GB", 139.8, 9.0, 989, 700),
-    "b200_180gb": _card("B200 180 GB", 178.3, 10.0, 2250, 1000),
+    "rtx3060_12gb": _card("RTX 3060 12 GB", 11.76, 8.6, 25, 170, 360),
+    "rtx3070_8gb": _card("RTX 3070 8 GB", 7.66, 8.6, 41, 220, 448),
+    "rtx3080_10gb": _card("RTX 3080 10 GB", 9.66, 8.6, 60, 320, 760),
+    "rtx3090_24gb": _card("RTX 3090 24 GB", 23.57, 8.6, 71, 350, 936),
+    "rtx4060_8gb": _card("RTX 4060 8 GB", 7.63, 8.9, 30, 115, 272),
+    "rtx4060ti_16gb": _card("RTX 4060 Ti 16 GB", 15.57, 8.9, 44, 165, 288),
+    "rtx4070_12gb": _card("RTX 4070 12 GB", 11.6, 8.9, 58, 200, 504),
+    "rtx4080_16gb": _card("RTX 4080 16 GB", 15.57, 8.9, 97, 320, 717),
+    "rtx4090_24gb": _card("RTX 4090 24 GB", 23.5, 8.9, 165, 450, 1008),
+    "rtx5060ti_16gb": _card("RTX 5060 Ti 16 GB", 15.47, 12.0, 47, 180, 448),
+    "rtx5070_12gb": _card("RTX 5070 12 GB", 11.5, 12.0, 62, 250, 672),
+    "rtx5080_16gb": _card("RTX 5080 16 GB", 15.47, 12.0, 113, 360, 960),
+    "rtx5090_32gb": _card("RTX 5090 32 GB", 31.36, 12.0, 209, 575, 1792),
+    "t4_16gb": _card("T4 16 GB", 14.56, 7.5, 65, 70, 300),
+    "colab_t4": _card("Colab's T4", 14.74, 7.5, 65, 70, 300),
+    "kaggle_t4": _card("one of Kaggle's two T4", 14.74, 7.5, 65, 70, 300),
+    "l4_24gb": _card("L4 24 GB", 22.03, 8.9, 121, 72, 300),
+    "a10_24gb": _card("A10 24 GB", 21.98, 8.6, 125, 150, 600),
+    "a10g_24gb": _card("A10G 24 GB", 21.99, 8.6, 70, 300, 600),
+    "l40s_48gb": _card("L40S 48 GB", 44.4, 8.9, 362, 350, 864),
+    "a100_40gb": _card("A100 40 GB", 39.39, 8.0, 312, 400, 1555),
+    "a100_80gb": _card("A100 80 GB", 79.15, 8.0, 312, 400, 2039),
+    "h100_80gb": _card("H100 80 GB", 79.11, 9.0, 989, 700, 3350),
+    "h200_141gb": _card("H200 141 GB", 139.8, 9.0, 989, 700, 4800),
+    "b200_180gb": _card("B200 180 GB", 178.3, 10.0, 2250, 1000, 8000),
 }
 
 
@@ -139,15 +141,14 @@ def at_hand() -> Card:
         ) from None
     name = title if isinstance(title, str) else title.decode()
     known = _by_title(name)
-    teraflops = known.teraflops if known is not None else 70.0
-    return Card(name, int(memory.total), capability, teraflops, float(watts), busy=int(memory.used))
+    like = known or _like(memory.total / GIB)
+    return Card(name, int(memory.total), capability, like.teraflops, float(watts), like.bandwidth, busy=int(memory.used))
 
 
 def of_device(title: str, usable: int, capability: float) -> Card:
     """A GPU that torch has begun to use. usable: bytes that it may still take, and has."""
-    known = _by_title(title)
-    teraflops, watts = (known.teraflops, known.watts) if known is not None else (70.0, 250.0)
-    return Card(title, usable, capability, teraflops, watts, context=0)
+    like = _by_title(title) or _like(usable / GIB)
+    return Card(title, usable, capability, like.teraflops, like.watts, like.bandwidth, context=0)
 
 
 def _by_title(title: str) -> Card | None:

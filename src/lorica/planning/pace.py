@@ -1,8 +1,9 @@
-"""How long a run takes and what it draws: the FLOPs that it must do, over those a second that runs reach.
+"""How long a run takes and what it draws: the FLOPs that it must do, over those a second that runs reach, and the bytes of 4-bit weights
+that are made plain.
 
-Measured on one H200 through train.py (benchmarks/results/qlora_*_h200.json, encoder_*_h200.json): the share of the machine's own matrix
-products that training reaches, by the tokens of a micro-batch. Other cards are taken to reach the same share of theirs where a
-micro-batch keeps them as long: an estimate.
+Measured on one H200 through train.py (benchmarks/results/qlora_*_h200.json, encoder_h200.json): the share of the machine's own matrix
+products that training reaches, by the FLOPs of a micro-batch. Other cards are taken to reach the same share of theirs where a micro-batch
+keeps them as long: an estimate.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from lorica.planning.memory import Job
 
 MEASURED_ON = "H200 141 GB"
 REACHED = 0.786  # of the maker's figure, by a large product of two bf16 matrices
-# (FLOPs of a micro-batch, share of the limit), causal models with every activation kept: 512, 2,048, 5,120 and 16,384 tokens of a 7B
+# (FLOPs of a micro-batch, share of the limit). A 7B with adapters, 4-bit weights kept plain: 512, 2,048, 5,120 and 16,384 tokens.
 DECODERS = ((1.4e13, 0.457), (5.8e13, 0.616), (1.44e14, 0.674), (4.6e14, 0.66))
-ENCODERS = ((1.5e12, 0.2), (7e12, 0.35), (2.5e13, 0.45))
-NOT_COMPILED = 0.6  # of a compiled run's rate
-DEQUANTISED = 0.9  # of the rate with 4-bit weights kept plain
-WORKING = 0.85  # of its limit that a card draws in training
+# RoBERTa-base: adapters at 8,192 and 32,768 tokens, every weight at 32,768.
+ENCODERS = ((2.8e12, 0.322), (1.1e13, 0.371), (1.67e13, 0.424))
+NOT_COMPILED = 0.45  # of a compiled run's rate (docs/experiments.md: 4,096 tokens, every layer computed again)
+PASSED = 0.8  # of the bandwidth, when weights are made plain
+DEQUANTISED = 2.53  # bytes read and written for each
+WORKING = 0.95  # of its limit that a card draws in training: 0.87 to 0.99
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,13 @@ def pace(job: Job, sizes: Batches, card: Card, epochs: float | None, rows: int |
 
 def rate(job: Job, sizes: Batches, card: Card) -> float:
     """Tokens a second, padding not counted."""
-    each = flops(job)
-    able = card.teraflops * 1e12 * REACHED
-    of_batch = each * job.tokens * (989 / card.teraflops)  # that would keep an H200 as long
-    share = _between(DECODERS if job.shape.decoder else ENCODERS, of_batch)
-    share *= (1.0 if job.way.compiled else NOT_COMPILED) * (DEQUANTISED if job.four_bit and not job.resident else 1.0)
-    padding = min(1.0, sizes.mean * sizes.rows / max(1, job.tokens))
-    return able * share / each * padding
+    of_batch = flops(job) * job.tokens
+    share = _between(DECODERS if job.shape.decoder else ENCODERS, of_batch * 989 / card.teraflops)  # what keeps an H200 as long
+    seconds = of_batch / (card.teraflops * 1e12 * REACHED * share * (1.0 if job.way.compiled else NOT_COMPILED))
+    if job.four_bit and not job.resident:
+        passes = 2 + job.recomputed / max(1, job.shape.layers)
+        seconds += passes * job.shape.in_linears * DEQUANTISED / (card.bandwidth * 1e9 * PASSED)
+    return min(float(job.tokens), sizes.mean * sizes.rows) / seconds
 
 
 def flops(job: Job) -> float:
