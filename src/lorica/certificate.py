@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from lorica.config import ConfigError, OptimizerConfig
-from lorica.data.asking import ask_row, ask_text
+from lorica.data.asking import ask_answered_row, ask_text
 from lorica.data.chat import parse_messages
 from lorica.data.collate import collate_candidates, collate_classifier, inputs
 from lorica.data.encoding import IGNORE, CausalEncoder, ClassifierEncoder, Encoded, Truncation, build_encoder
@@ -62,6 +62,7 @@ class Figures:
     kl: mean Kullback-Leibler divergence of a position from the adapter's distribution, in nats. agreement: share of the positions with
     the same most likely token or class; differing: the number of the others. largest: largest difference of a logit. loss: mean
     cross-entropy of an answer's token or of a label, perplexity: its exponential; accuracy: share of labels found. None: not measured.
+    in_memory: of the adapter beside weights that it was to be merged into, not of a model that was written.
     """
 
     positions: int
@@ -72,6 +73,7 @@ class Figures:
     agreement: float | None = None
     differing: int | None = None
     largest: float | None = None
+    in_memory: bool = False
 
     def broken(self, max_kl: float, min_agreement: float) -> str:
         """Which limit this merge breaks, in words; "" for none. One position that differs is always let through."""
@@ -83,8 +85,8 @@ class Figures:
         return ""
 
     def as_json(self) -> dict[str, float | None]:
-        """For the report."""
-        return dataclasses.asdict(self)
+        """For the report: what was measured."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "in_memory"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- sample
@@ -120,12 +122,9 @@ def _spread(examples: list[Example], rows: int) -> list[Example]:
 
 def _from_file(task: dict[str, Any], fields: dict[str, Any], origin: str) -> Example | None:
     try:
-        example = ask_row(task, fields, None, origin)
+        return ask_answered_row(task, fields, origin)
     except BadRow:
         return None
-    names = task.get("labels") or []
-    label = str(fields.get("label", ""))
-    return dataclasses.replace(example, label=names.index(label)) if label in names else example
 
 
 def _from_predictions(task: dict[str, Any], row: dict[str, Any]) -> Example | None:

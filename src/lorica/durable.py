@@ -16,14 +16,17 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from threading import Event
 from typing import Any, BinaryIO
 
 MANIFEST = "SHA256SUMS"  # of the files of a folder
 FOR_PEOPLE = "README.md"  # the model card, which people edit: in no manifest
 SEAL = "# sealed "
-CHUNK = 1 << 20  # bytes hashed at once
+CHUNK = 1 << 22  # bytes hashed at once: long enough that threads seldom ask for Python's lock
+HASHERS = 4  # threads of `Sums`
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -134,13 +137,14 @@ def _finite(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def replaced_folder(folder: Path, size: int = 0) -> Iterator[Path]:
+def replaced_folder(folder: Path, size: int = 0, known: Mapping[str, str] | None = None) -> Iterator[Path]:
     """An empty folder to fill, that takes the place of `folder`, with a manifest of its files, when all went well.
 
     Between two renames there is a moment with neither; `recover_folder` ends it after a crash.
 
     Args:
-        size: bytes that will be written, where that is known before.
+        size: bytes that will be written, where that is known before. known: sha256 of files by name, filled by whoever fills the folder;
+            the others are read once more.
     Raises:
         DiskFull: before anything is written, or on the way.
     """
@@ -157,7 +161,8 @@ def replaced_folder(folder: Path, size: int = 0) -> Iterator[Path]:
             with file.open("rb") as f:
                 os.fsync(f.fileno())
         names = sorted(file.relative_to(temporary).as_posix() for file in files)
-        write_text(temporary / MANIFEST, manifest({name: sha256(temporary / name) for name in names if name != FOR_PEOPLE}))
+        hashes = {name: (known or {}).get(name) or sha256(temporary / name) for name in names if name != FOR_PEOPLE}
+        write_text(temporary / MANIFEST, manifest(hashes))
         if folder.exists():
             os.replace(folder, old)
         os.replace(temporary, folder)
@@ -200,13 +205,41 @@ class Hashing:
         self.file.flush()
 
 
-def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
+def sha256(path: Path, ended: Event | None = None) -> str:
+    """Of a file's content, in hexadecimal. ended: stops it, when nobody wants to know any more."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+            if ended is not None and ended.is_set():
+                raise CancelledError
     return digest.hexdigest()
+
+
+class Sums:
+    """The sha256 of large files, made in threads beside other work and once a file; at the end of its context they stop."""
+
+    def __init__(self) -> None:
+        self._threads, self._ended = ThreadPoolExecutor(HASHERS, "sha256"), Event()
+        self._found: dict[Path, Future[str]] = {}
+
+    def start(self, files: Iterable[Path]) -> None:
+        """Begin with files that are whole, and stay as they are until `of` was asked."""
+        for file in files:
+            if file not in self._found:
+                self._found[file] = self._threads.submit(sha256, file, self._ended)
+
+    def of(self, file: Path) -> str:
+        """The sum of one, once it is there."""
+        self.start([file])
+        return self._found[file].result()
+
+    def __enter__(self) -> Sums:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._threads.shutdown(cancel_futures=True)
 
 
 def manifest(hashes: Mapping[str, str]) -> str:

@@ -1,18 +1,21 @@
 """`lorica merge`: adapter and base as one plain transformers model, written when it was seen to answer as the adapter does.
 
-A 4-bit base is merged as its dequantised weights, which are what the adapter was trained on; its original weights are tried beside them.
+A 4-bit base is merged as its dequantised weights, which are what the adapter was trained on; how far its original weights are from
+these is measured beside, and they are written only if that is nearer.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lorica.config import ConfigError, MergeConfig, TrainerConfig
-from lorica.durable import replaced_folder, sha256, write_json
+from lorica.durable import Sums, check_room, replaced_folder, write_json
 from lorica.runs import read_task
 from lorica.screen import Screen, quiet_libraries
 
@@ -26,11 +29,12 @@ from lorica.certificate import Figures, Sample  # noqa: E402
 from lorica.fingerprint import versions  # noqa: E402
 from lorica.models import base, merging, shards  # noqa: E402
 from lorica.models.merging import Plan, merge  # noqa: E402
-from lorica.models.trained import Opened, load_trained, open_trained  # noqa: E402
+from lorica.models.trained import Opened, Trained, load_opened, load_trained, open_trained  # noqa: E402
 
 __all__ = ["merge", "run"]
 
 REPORT = "merge_report.json"
+WEIGHTS = ".safetensors"
 ONTO = {  # in words
     "base": "into its base",
     "dequantised": "onto the dequantised 4-bit base",
@@ -41,7 +45,7 @@ ONTO = {  # in words
 
 @dataclass
 class Job:
-    """One merge. source: the run. dtype: of the weights written. plan: None where PEFT merges in memory."""
+    """One merge. source: the run. dtype: of the weights written. plan: None where PEFT merges in memory. sums: of all weight files."""
 
     config: MergeConfig
     source: Path
@@ -50,6 +54,7 @@ class Job:
     dtype: torch.dtype
     plan: Plan | None
     screen: Screen
+    sums: Sums
 
 
 def run(config: MergeConfig) -> int:
@@ -68,10 +73,12 @@ def run(config: MergeConfig) -> int:
     names = candidates(config, opened)
     dtype = opened.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     device = hardware.choose(TrainerConfig(accelerator=config.accelerator, devices=1)).device
-    job = Job(config, source, opened, device, dtype, merging.plan(opened), screen)
+    plan = merging.plan(opened)
     rows = certificate.sample(opened.task, source, config.sample, config.certify_rows) if config.certify_rows else None
-    written = {name for name in names if name != "requantised"} | ({"dequantised"} if "requantised" in names else set())
-    with replaced_folder(target, _size(job) * len(written)) as folder:
+    known: dict[str, str] = {}
+    with Sums() as sums, replaced_folder(target, _size(plan, dtype), known) as folder:
+        job = Job(config, source, opened, device, dtype, plan, screen, sums)
+        sums.start(_read(opened))
         found = compare(job, names, rows, folder) if rows is not None else {}
         if rows is None:
             write_candidate(job, names[0], folder)
@@ -80,6 +87,8 @@ def run(config: MergeConfig) -> int:
             show(screen, rows, found, names, chosen)
             refuse(config, found[chosen], chosen)
         for file in list((folder / chosen).iterdir()):
+            if file.suffix == WEIGHTS:
+                known[file.name] = sums.of(file)
             os.replace(file, folder / file.name)
         for rest in [p for p in folder.iterdir() if p.is_dir()]:
             shutil.rmtree(rest)
@@ -126,25 +135,38 @@ def check_target(folder: Path) -> None:
 
 
 def compare(job: Job, names: list[str], rows: Sample, folder: Path) -> dict[str, Figures]:
-    """Write every candidate into a folder of its name, and measure it against the adapter, whose own figures are `adapter`.
+    """Write candidates into folders of their names, and measure them against the adapter, whose own figures are `adapter`.
 
-    Never are two models in memory. Of the candidates all but the best so far are removed.
+    Never are two models in memory. Of the candidates all but the best so far are removed. Where there is a choice, the adapter is first
+    put beside the original weights, which differs from merging into them by rounding only: if that is further away than what is written
+    already, it is not written.
     """
     logits = folder / "logits"
     logits.mkdir()
     found: dict[str, Figures] = {}
-    with job.screen.counting("adapter") as count:
-        found["adapter"] = certificate.measure(load_trained(job.source, job.device, job.config.base), rows, logits, True, count)
-    for name in names:
+
+    def measured(what: str, load: Callable[[], Trained]) -> Figures:
         hardware.forget()
+        with job.screen.counting(what) as count:
+            trained = load()
+            if trained.adapter is None:
+                merging.compute_in(trained.model, trained.model.dtype)
+            return certificate.measure(trained, rows, logits, not found, count)
+
+    def best() -> str:
+        return certificate.best({n: found[n] for n in names if n in found})
+
+    found["adapter"] = measured("adapter", lambda: load_opened(job.opened, job.device))
+    for name in names:
+        if name == "original" and len(found) > 1:
+            beside = measured("original compared", lambda: load_opened(job.opened, job.device, "original"))
+            found[name] = replace(beside, in_memory=True)
+            if best() != name:
+                continue
+            check_room(folder / name, _size(job.plan, job.dtype))
         write_candidate(job, name, folder)
-        with job.screen.counting(f"{name} compared") as count:
-            merged = load_trained(folder / name, job.device)
-            merging.compute_in(merged.model, merged.model.dtype)
-            found[name] = certificate.measure(merged, rows, logits, False, count)
-        del merged
-        best = certificate.best({n: found[n] for n in names if n in found})
-        needed = {best} | ({"dequantised"} if "requantised" in names and name != "requantised" else set())
+        found[name] = measured(f"{name} compared", partial(load_trained, folder / name, job.device))
+        needed = {best()} | ({"dequantised"} if "requantised" in names and name != "requantised" else set())
         for other in {*names, "dequantised"} - needed:
             shutil.rmtree(folder / other, ignore_errors=True)
     return found
@@ -168,11 +190,17 @@ def write_candidate(job: Job, name: str, folder: Path) -> None:
                 merging.write(job.plan, new, job.dtype, job.device, original, count)
     changes = {"weights": "merged", "quantization": None, "dtype": _name(job.dtype), "merged_from": str(job.opened.folder)}
     job.opened.write_asking(new, changes)
+    job.sums.start(sorted(new.glob(f"*{WEIGHTS}")))
 
 
-def _size(job: Job) -> int:
+def _size(plan: Plan | None, dtype: torch.dtype) -> int:
     """Bytes of one candidate, where they are known."""
-    return sum(shards.size(kind) for kinds in job.plan.shards(job.dtype) for kind in kinds.values()) if job.plan is not None else 0
+    return sum(shards.size(kind) for kinds in plan.shards(dtype) for kind in kinds.values()) if plan is not None else 0
+
+
+def _read(opened: Opened) -> list[Path]:
+    """The adapter's file, and the base's files of weights."""
+    return [opened.folder / f"adapter_model{WEIGHTS}", *sorted(set(base.weight_files(opened.base).values()))]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -205,14 +233,15 @@ def show(screen: Screen, rows: Sample, found: dict[str, Figures], names: list[st
     for i, head in enumerate(heads):
         table.add_column(head, justify="right" if i else "left")
     for row in certificate.table(["adapter", *names], [found[n] for n in ("adapter", *names)]):
-        table.add_row(*row[: len(heads)], style="bold" if row[0] == chosen else None)
+        text = f"{row[0]}, not written" if row[0] in found and found[row[0]].in_memory else row[0]
+        table.add_row(text, *row[1 : len(heads)], style="bold" if row[0] == chosen else None)
     screen.print(table)
 
 
 def report(job: Job, chosen: str, rows: Sample | None, found: dict[str, Figures]) -> dict[str, Any]:
     """merge_report.json."""
     opened, config = job.opened, job.config
-    files = sorted(set(base.weight_files(opened.base).values()))
+    adapter, *files = _read(opened)
     return {
         "written": chosen,
         "dtype": _name(job.dtype),
@@ -220,14 +249,14 @@ def report(job: Job, chosen: str, rows: Sample | None, found: dict[str, Figures]
         "sample": None if rows is None else {"origin": rows.origin, "rows": len(rows.examples), "positions": found["adapter"].positions},
         "limits": None if rows is None else {"max_kl": config.max_kl, "min_agreement": config.min_agreement},
         "adapter": found["adapter"].as_json() if found else None,
-        "candidates": {name: figures.as_json() for name, figures in found.items() if name != "adapter"},
+        "candidates": {name: {**figures.as_json(), "in_memory": figures.in_memory} for name, figures in found.items() if name != "adapter"},
         "trained": {"dtype": _name(opened.dtype), "quantization": opened.task.get("quantization")},
         "merged": "tensor by tensor" if job.plan is not None else "in memory",
         "device": job.device.type,
         "versions": versions(),
         "fingerprints": {
-            "base": {"name": opened.base.name, "revision": opened.base.revision, "sha256": {f.name: sha256(f) for f in files}},
-            "adapter": {"sha256": sha256(opened.folder / "adapter_model.safetensors")},
+            "base": {"name": opened.base.name, "revision": opened.base.revision, "sha256": {f.name: job.sums.of(f) for f in files}},
+            "adapter": {"sha256": job.sums.of(adapter)},
         },
     }
 

@@ -1,14 +1,21 @@
 """`lorica merge` writes what it has seen to answer as the adapter does, says how near it is, and else writes nothing."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 
+from lorica import certificate, durable
+from lorica.config import ChatDataConfig, ClassificationDataConfig, InstructionDataConfig
+from lorica.data.registry import build_data
+from lorica.durable import read_manifest, sha256
 from lorica.models import merging
 
 Lorica = Callable[..., tuple[int, str]]
@@ -47,6 +54,52 @@ def test_the_nearest_of_all_candidates_is_written(run: Path, tmp_path: Path, lor
     assert set(report["fingerprints"]["base"]["sha256"]) == {"model.safetensors"}
     assert "- Certificate: mean KL divergence" in (tmp_path / "merged" / "README.md").read_text("utf-8")
     assert not [p for p in (tmp_path / "merged").iterdir() if p.is_dir()]
+    manifest = read_manifest(tmp_path / "merged" / "SHA256SUMS")
+    assert all(sha256(tmp_path / "merged" / name) == digest for name, digest in manifest.items()) and "model.safetensors" in manifest
+
+
+@pytest.mark.parametrize("nearer", ["dequantised", "original"])
+def test_the_original_base_is_written_only_where_it_is_the_nearer(
+    nearer: str, run: Path, tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, dequantised, read = merging.write, merging.through_four_bits, durable.sha256
+    written: list[bool] = []
+    hashed: list[str] = []
+
+    def writing(plan: Any, folder: Path, dtype: Any, device: Any, original: bool, progress: Any) -> None:
+        written.append(original)
+        write(plan, folder, dtype, device, original, progress)
+
+    def hashing(path: Path, *ended: Any) -> str:
+        hashed.append(path.name)
+        return read(path, *ended)
+
+    monkeypatch.setattr(merging, "write", writing)
+    monkeypatch.setattr(durable, "sha256", hashing)
+    if nearer == "original":
+        monkeypatch.setattr(merging, "through_four_bits", lambda *a: -dequantised(*a))
+    code, printed = lorica("merge", f"run={run}", f"output={tmp_path / 'merged'}", "max_kl=10", "min_agreement=0")
+    assert code == 0, printed
+    report = _report(tmp_path / "merged")
+    found = report["candidates"]
+    assert report["written"] == nearer and written == ([False] if nearer == "dequantised" else [False, True])
+    assert found["original"]["in_memory"] is (nearer == "dequantised") and not found["dequantised"]["in_memory"]
+    assert found["original"]["kl"] > 0 and ("original, not written" in printed) is (nearer == "dequantised")
+    # The base's one file, and each that was written, once; the certified folder is opened without a manifest.
+    assert hashed.count("model.safetensors") == 1 + len(written)
+
+
+def test_sums_are_those_of_the_files_and_end_with_their_context(tmp_path: Path) -> None:
+    content = {"short": b"abc", "empty": b"", "long": bytes(range(256)) * (5 * durable.CHUNK // 512)}
+    for name, data in content.items():
+        (tmp_path / name).write_bytes(data)
+    with durable.Sums() as sums:
+        sums.start(tmp_path / name for name in content)
+        assert {name: sums.of(tmp_path / name) for name in content} == {n: hashlib.sha256(d).hexdigest() for n, d in content.items()}
+    ended = Event()
+    ended.set()
+    with pytest.raises(CancelledError):
+        sha256(tmp_path / "long", ended)
 
 
 def test_a_merge_that_went_wrong_is_refused(run: Path, tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +164,52 @@ def test_questions_and_conversations_are_compared_as_they_were_trained(tiny_mist
         assert report["sample"]["rows"] == 2 and report["adapter"]["perplexity"] == pytest.approx(
             report["candidates"]["dequantised"]["perplexity"], rel=1e-4
         )
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "Say why.", "input": "My knee hurts.", "output": "Rest it."}) + "\n")
+    code, printed = lorica("merge", f"run={tmp_path / 'healthcare_qa'}", "onto=dequantised", f"sample={tmp_path / 'rows.jsonl'}")
+    assert code == 0 and _report(tmp_path / "healthcare_qa" / "merged")["adapter"]["loss"] > 0, printed
+
+
+ASKED = {"prompt_column": "q", "input_column": None, "completion_column": "a"}
+
+
+def _turns(*said: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(said)]
+
+
+@pytest.mark.parametrize(
+    ("schema", "module", "row", "answer"),
+    [
+        (ASKED, "instruction", {"q": "Why?", "a": " Because. "}, "Because."),
+        (ASKED, "instruction", {"q": "Why?", "a": ""}, ""),
+        ({}, "chat", {"messages": _turns("Hi", "Hello", "Why?", "Because.")}, "Because."),
+        ({}, "chat", {"messages": _turns("Hi", "Hello", "Why?")}, ""),
+        ({"label_column": "y"}, "classification", {"text": "Good", "y": "b"}, 1),
+        ({"label_column": "y", "labels": ["a", "b"], "label_values": ["1", "2"]}, "classification", {"text": "Good", "y": 2}, 1),
+        ({"label_column": "y"}, "classification", {"text": "Good", "y": "never heard of"}, None),
+    ],
+)
+def test_rows_of_a_sample_file_keep_their_answers(
+    schema: dict[str, Any], module: str, row: dict[str, Any], answer: str | int | None, tmp_path: Path
+) -> None:
+    """As the rows of training had them: by the same columns, labels written in the same ways."""
+    trained = {
+        "instruction": [{"q": "Why?", "a": "Because."}],
+        "chat": [{"messages": _turns("Hi", "Hello")}],
+        "classification": [{"text": t, "y": str(i + 1) if "labels" in schema else t} for i, t in enumerate("ab")],
+    }
+    schemas = {"instruction": InstructionDataConfig, "chat": ChatDataConfig, "classification": ClassificationDataConfig}
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in trained[module]))
+    whole = {"name": "x", "source": "files", "path": str(tmp_path / "train.jsonl"), "validation_fraction": 0.0, "test_fraction": 0.0}
+    data = build_data(schemas[module](**whole, module=module, **schema))
+    data.load()
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    task = {**data.describe(), "labels": data.labels}
+    (example,) = certificate.sample(task, tmp_path, str(tmp_path / "rows.jsonl"), 8).examples
+    if module != "chat":
+        assert answer == (example.label if module == "classification" else example.completion)
+    else:
+        assert answer == example.messages[-1].content
+        assert [m.content for m in example.messages[:-1]] == ["Hi", "Hello", "Why?"]
 
 
 @pytest.mark.slow

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from lorica.data.ag_news import tidy
 from lorica.data.chat import parse_messages
-from lorica.data.classification import fill_prompt
+from lorica.data.classification import fill_prompt, label_numbers, written_label
 from lorica.data.examples import Example, Message
 from lorica.data.instruction import fill_instruction
 from lorica.data.rows import BadRow
@@ -59,6 +60,26 @@ def ask_row(task: dict[str, Any], fields: dict[str, Any], column: str | None, or
     if not (text := _text_of(fields, name)):
         raise BadRow(f"has no {name}")
     return ask_text(task, text, origin)
+
+
+def ask_answered_row(task: dict[str, Any], fields: dict[str, Any], origin: str) -> Example:
+    """`ask_row` with the row's own answer, where it has one: its completion, the assistant's last turn, its label.
+
+    Raises:
+        BadRow: no text in it, or something else than one.
+    """
+    example = ask_row(task, fields, None, origin)
+    kind = task.get("kind")
+    if kind == "instruction":
+        return replace(example, completion=_text_of(fields, task.get("completion_column") or "output"))
+    if kind == "chat" and task.get("messages_column") in fields:
+        last = parse_messages(fields[task["messages_column"]])[-1]
+        return replace(example, messages=(*example.messages[:-1], last)) if last.role == "assistant" else example
+    if task.get("labels"):
+        value = written_label(fields.get(task.get("label_column") or "label"))
+        numbers = label_numbers(task["labels"], task.get("label_values") or ())
+        return replace(example, label=numbers.get(value, numbers.get(value.casefold())))
+    return example
 
 
 def _text_of(fields: dict[str, Any], name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,16 @@ class ClassificationRows(Rows):
     """`data=classification`. After `load()`, `labels` holds the class names in the order of their numbers."""
 
     config: ClassificationDataConfig
+    label_values: Sequence[str] = ()  # how else than by their names the labels are written, in their order
     _template: str | None = None  # with the rows that are shown before each question
 
     def columns(self) -> dict[str, str]:
         return {"data.text_column": self.config.text_column, "data.label_column": self.config.label_column}
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "classification", "text_column": self.config.text_column, "prompt_template": self.template}
+        c = self.config
+        columns = {"text_column": c.text_column, "label_column": c.label_column}
+        return {"kind": "classification", **columns, "label_values": self.label_values, "prompt_template": self.template}
 
     @property
     def template(self) -> str:
@@ -70,9 +74,9 @@ class ClassificationRows(Rows):
         config = self.config
         if config.labels is not None:
             self.labels = list(config.labels)
-            values = config.label_values or self._numbers_beside(self.labels)
+            self.label_values = config.label_values or self._numbers_beside(self.labels)
         else:
-            found = {self._written(r.fields.get(config.label_column)) for r in rows["train"] if not r.fault} - {""}
+            found = {written_label(r.fields.get(config.label_column)) for r in rows["train"] if not r.fault} - {""}
             if not 2 <= len(found) <= MOST_LABELS:
                 raise ConfigError(
                     "data.label_column",
@@ -80,22 +84,13 @@ class ClassificationRows(Rows):
                     f"has {len(found):,} different values in training; a label set has 2 to {MOST_LABELS}",
                     "another data.label_column",
                 )
-            self.labels, values = sorted(found, key=lambda v: (not _NUMBER.fullmatch(v), int(v) if _NUMBER.fullmatch(v) else 0, v)), []
-        # How a label is written decides first as it stands, then without regard to case; values come before names.
-        self._number: dict[str, int] = {}
-        for spell in (str, str.casefold):
-            for names in (values, self.labels):
-                for i, name in enumerate(names):
-                    self._number.setdefault(spell(name), i)
+            self.labels = sorted(found, key=lambda v: (not _NUMBER.fullmatch(v), int(v) if _NUMBER.fullmatch(v) else 0, v))
+        self._number = label_numbers(self.labels, self.label_values)
 
     @staticmethod
     def _numbers_beside(labels: list[str]) -> list[str]:
         """0, 1, ... may stand for the labels, unless a label is a number itself."""
         return [] if any(_NUMBER.fullmatch(name) for name in labels) else [str(i) for i in range(len(labels))]
-
-    @staticmethod
-    def _written(value: Any) -> str:
-        return "" if value is None else str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
     def text_of(self, row: Row) -> str:
         """The text of a row."""
@@ -106,7 +101,7 @@ class ClassificationRows(Rows):
 
     def to_example(self, row: Row) -> Example:
         """text, label and the prompt that asks a causal model for it."""
-        value = self._written(row.fields.get(self.config.label_column))
+        value = written_label(row.fields.get(self.config.label_column))
         if not value:
             raise BadRow(f"has no {self.config.label_column}")
         number = self._number.get(value, self._number.get(value.casefold()))
@@ -118,6 +113,21 @@ class ClassificationRows(Rows):
     def ask(self, text: str) -> str:
         """The question a causal model is asked about a text."""
         return fill_prompt(self.template, text, self.labels or [])
+
+
+def written_label(value: Any) -> str:
+    """A label column's value as text; "" where there is none."""
+    return "" if value is None else str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+
+
+def label_numbers(labels: Sequence[str], values: Sequence[str]) -> dict[str, int]:
+    """How labels may be written -> their numbers: as it stands, then without regard to case; values come before names."""
+    found: dict[str, int] = {}
+    for spell in (str, str.casefold):
+        for names in (values, labels):
+            for i, name in enumerate(names):
+                found.setdefault(spell(name), i)
+    return found
 
 
 def fill_prompt(template: str, text: str, labels: list[str]) -> str:

@@ -28,7 +28,8 @@ class InstructionRows(Rows):
 
     def describe(self) -> dict[str, Any]:
         c = self.config
-        names = ("prompt_column", "input_column", "prompt_template", "prompt_template_with_input", "max_new_tokens")
+        columns = ("prompt_column", "input_column", "completion_column")
+        names = (*columns, "prompt_template", "prompt_template_with_input", "max_new_tokens")
         return {"kind": "instruction", "shared_prompt": self.shared_prompt, **{n: getattr(c, n) for n in names}}
 
     def to_example(self, row: Row) -> Example:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -34,7 +35,11 @@ def size(kind: Kind) -> int:
 
 
 def write_file(path: Path, kinds: Mapping[str, Kind], tensor: Callable[[str], torch.Tensor]) -> None:
-    """Write one file, tensors in the order of `kinds`. tensor: gives each when it is its turn, in the type and shape announced."""
+    """Write one file, tensors in the order of `kinds`; one is written while the next is made.
+
+    Args:
+        tensor: gives each when it is its turn, in the type and shape announced.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, kind in kinds.items():
@@ -42,12 +47,15 @@ def write_file(path: Path, kinds: Mapping[str, Kind], tensor: Callable[[str], to
         end += size(kind)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    with path.open("wb") as file, ThreadPoolExecutor(1, "write") as thread:
+        last = thread.submit(file.write, len(text).to_bytes(8, "little") + text)
         for name, (dtype, shape) in kinds.items():
             value = tensor(name).cpu().contiguous()
             assert (value.dtype, tuple(value.shape)) == (dtype, shape), name
-            file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+            last.result()
+            last = thread.submit(file.write, value.reshape(-1).view(torch.uint8).numpy().data)
+            del value  # what is written next is made beside this one, and no third
+        last.result()
 
 
 def write_shards(folder: Path, shards: Sequence[Mapping[str, Kind]], tensor: Callable[[str], torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,8 +125,13 @@ def load_trained(run: Path, device: torch.device, base_name: str | None = None, 
     Raises:
         ConfigError: no weights, damaged ones, or a base that can't be had.
     """
-    opened = open_trained(run, base_name)
-    task, settings, found, tokenizer, config = opened.task, opened.settings, opened.base, opened.tokenizer, opened.config
+    return load_opened(open_trained(run, base_name), device, four_bit)
+
+
+def load_opened(opened: Opened, device: torch.device, four_bit: str = "kept") -> Trained:
+    """`load_trained` of what was opened already."""
+    task, settings, found, tokenizer = opened.task, opened.settings, opened.base, opened.tokenizer
+    config = copy.deepcopy(opened.config)  # loading writes into it
     dtype = opened.dtype if device.type == "cuda" else torch.float32
     quantization = opened.quantization if four_bit != "original" else None
     attn = base.attention_name("auto", config, settings.task, device, dtype)
