@@ -17,6 +17,7 @@ from lorica.config import TASKS, ConfigError, QuantizationSettings
 
 LARGEST = 1 << 24  # bytes of one file
 MOST_RANKS = 1 << 14
+MOST_LAYERS = 1 << 14
 
 Rule = Callable[[Any], bool]
 
@@ -121,6 +122,9 @@ ADAPTER: dict[str, Rule] = {
     "lora_dropout": lambda v: isinstance(v, (int, float)) and 0 <= v < 1,
     "target_modules": lambda v: _names(v) or v == "all-linear",
     **dict.fromkeys(("exclude_modules", "modules_to_save"), _names),
+    "layers_to_transform": lambda v: (
+        _whole(0, MOST_LAYERS)(v) or (isinstance(v, list) and len(v) <= MOST_LAYERS and all(map(_whole(0, MOST_LAYERS), v)))
+    ),
     "layers_pattern": lambda v: _name(v) or _names(v),
     "target_parameters": _names,
     "bias": lambda v: v in ("none", "all", "lora_only"),

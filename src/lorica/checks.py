@@ -54,6 +54,8 @@ ELSEWHERE = {
     "max_seq_length": "model.max_length",
     "model_name_or_path": "model.base",
     "lora_r": "model.lora.r",
+    "layers_to_transform": "model.train_layers",
+    "freeze_layers": "model.train_layers",
     "rank": "model.lora.r",
     "logging_steps": "trainer.log_every_n_steps",
     "eval_steps": "trainer.val_check_interval",
@@ -179,7 +181,25 @@ def _check_model(model: ModelConfig) -> None:
                 "must be a list of layer names or all-linear",
                 "model.lora.target_modules=[q_proj,v_proj]",
             )
-    positions = _positions(model.base)
+    if model.train_layers is not None:
+        if not re.fullmatch(r"last_[1-9]\d{0,5}", model.train_layers):
+            raise ConfigError(
+                "model.train_layers",
+                model.train_layers,
+                "must be last_ and a number of layers from 1 on, or null for all",
+                "model.train_layers=last_8",
+            )
+        if lora is not None and lora.bias == "all":
+            raise NotApplicable(
+                "model.lora.bias",
+                "all",
+                f"trains biases of layers that model.train_layers={model.train_layers} freezes",
+                "model.lora.bias=lora_only",
+            )
+    own = _of_folder(model.base)
+    if own is not None and isinstance(layers := own.get("num_hidden_layers"), int):
+        check_layers(model, layers)
+    positions = positions_of(own) if own is not None else None
     if positions is not None and model.max_length > positions:
         raise ConfigError("model.max_length", model.max_length, f"{model.base} has {positions} positions", f"model.max_length={positions}")
     if model.base.startswith((".", "/", "~")) and not Path(model.base).expanduser().is_dir():
@@ -197,14 +217,35 @@ def positions_of(config: dict[str, Any]) -> int | None:
     return positions
 
 
-def _positions(base: str) -> int | None:
+def _of_folder(base: str) -> dict[str, Any] | None:
+    """The config.json of a base that is a folder."""
     file = Path(base).expanduser() / "config.json"
     if not file.is_file():
         return None
     try:
-        return positions_of(json.loads(file.read_text("utf-8")))
-    except (ValueError, AttributeError) as e:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError as e:
         raise ConfigError("model.base", base, f"its config.json can't be read: {e}") from None
+    if not isinstance(found, dict):
+        raise ConfigError("model.base", base, f"its config.json can't be read: it holds a {type(found).__name__}, not an object")
+    return found
+
+
+def trained_layers(model: ModelConfig, layers: int) -> int:
+    """How many of a model's layers learn, counted from its end: `model.train_layers`."""
+    return layers if model.train_layers is None else min(layers, int(model.train_layers.removeprefix("last_")))
+
+
+def check_layers(model: ModelConfig, layers: int) -> None:
+    """Refuse more layers than there are.
+
+    Raises:
+        ConfigError: `model.train_layers` is more than `layers`.
+    """
+    if model.train_layers is not None and int(model.train_layers.removeprefix("last_")) > layers:
+        raise ConfigError(
+            "model.train_layers", model.train_layers, f"{model.base} has {layers} layers", f"model.train_layers=last_{max(1, layers // 4)}"
+        )
 
 
 def _check_data(data: DataConfig) -> None:

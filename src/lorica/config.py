@@ -116,6 +116,11 @@ class ModelConfig:
     max_length: int = key(512, "longest sequence; what is longer is truncated, counted and reported", unit="tokens", low=8)
     lora: LoraSettings | None = key(None, "adapter settings; null trains every weight")
     quantization: QuantizationSettings | None = key(None, "4-bit settings; null keeps the weights in 16 or 32 bits")
+    train_layers: str | None = key(
+        None,
+        "layers that learn: last_N, as last_8, for the last N and what comes after them; the others are frozen, have no adapters, keep no "
+        "activations and no gradient flows through them; null: all",
+    )
     attn_implementation: str = key(
         "auto",
         "attention kernel; auto: varlen (sequences end to end, no padding) where the GPU and torch have it, else sdpa; on CPUs shown as dense: the same, with dropout drawn faster",

@@ -59,7 +59,7 @@ def choose(config: TrainConfig, data: LoricaDataModule, machine: Machine, archit
 def refusal(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths) -> ConfigError:
     """What the run needs at least, and the cheapest changes that make it fit."""
     least = parts.smallest(config, shape, card, lengths)
-    ways = changes.makes_fit(config, lengths, lambda one: parts.fastest(one, shape, card, lengths) is not None)
+    ways = changes.makes_fit(config, lengths, shape.layers, lambda one: parts.fastest(one, shape, card, lengths) is not None)
     return ConfigError(
         "trainer.fit",
         True,

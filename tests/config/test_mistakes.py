@@ -87,6 +87,19 @@ MISTAKES = {
     "key of another data set": wrong(
         "data=ag_news | data.prompt_column=q", "data.prompt_column=q: is a key of data=healthcare_qa|instruction, not of data=ag_news"
     ),
+    "trained layers by number": wrong(
+        "model.train_layers=8", "model.train_layers=8: must be last_ and a number of layers", "try: model.train_layers=last_8"
+    ),
+    "no trained layers": wrong("model.train_layers=last_0", "model.train_layers=last_0: must be last_ and a number of layers from 1 on"),
+    "more trained layers than there are": wrong(
+        "model=mistral_qlora | model.base=./bases/mistral | model.max_length=512 | model.train_layers=last_5",
+        "model.train_layers=last_5: ./bases/mistral has 4 layers",
+        "try: model.train_layers=last_1",
+    ),
+    "biases of frozen layers": wrong(
+        "model.train_layers=last_2 | model.lora.bias=all", "model.lora.bias=all: trains biases of layers", "try: model.lora.bias=lora_only"
+    ),
+    "PEFT's name for trained layers": wrong("model.lora.layers_to_transform=[3]", "there is no such key", "try: model.train_layers=..."),
     "key of an adapter under full fine-tuning": wrong(
         "model=roberta_full | model.lora.r=8", "model.lora.r=8: model.lora is null in model=roberta_full", "try: leave it out"
     ),
@@ -244,7 +257,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("workspace")
     files = {
         "data/reviews.csv": "text,label\nfine,good\npoor,bad\n",
-        "bases/mistral/config.json": json.dumps({"model_type": "mistral", "max_position_embeddings": 512}),
+        "bases/mistral/config.json": json.dumps({"model_type": "mistral", "max_position_embeddings": 512, "num_hidden_layers": 4}),
         "bases/roberta/config.json": json.dumps({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}),
         "outputs/2026-01-01/adapter/adapter_config.json": "{}",
         "more/data/reviews.yaml": "defaults: [classification]\nname: reviews\nlabelz: [bad, good]\n",

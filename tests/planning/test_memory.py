@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,10 +13,10 @@ from lorica import answering, train
 from lorica.composition import compose
 from lorica.kernels import loss
 from lorica.models import fitting
-from lorica.planning import jobs, memory
+from lorica.planning import jobs, memory, pace
 from lorica.planning.cards import CARDS, GIB, Card
 from lorica.planning.lengths import Lengths
-from lorica.planning.shapes import find_shape
+from lorica.planning.shapes import find_shape, shape_of
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 H200 = CARDS["h200_141gb"]
@@ -78,3 +79,56 @@ def test_what_was_asked_for_is_not_changed() -> None:
     assert memory.settle(job(), small, 5, None).job.recomputed == 5
     assert memory.settle(job(), H200, True, None).job.recomputed == 32
     assert memory.settle(job(), H200, "offload", None).job.offload
+
+
+SIZES = {
+    "mistral": {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": False},
+    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "bert": {"max_position_embeddings": 600},
+    "roberta": {"max_position_embeddings": 600, "type_vocab_size": 1, "pad_token_id": 1},
+}
+
+
+@pytest.mark.parametrize("lora", [None, ["q_proj", "down_proj", "query", "output.dense"], "all-linear"], ids=["whole", "named", "all"])
+@pytest.mark.parametrize("kind", SIZES)
+def test_the_last_layers_have_as_many_trained_weights_as_in_the_model(kind: str, lora: list[str] | str | None) -> None:
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from lorica.models import adapters, freezing
+
+    if lora == "all-linear" and kind == "roberta":
+        pytest.skip("its head's own linear layer is trained whole")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 160, "vocab_size": 211}
+    built_of = CONFIG_MAPPING[kind](**sizes, **SIZES[kind], num_labels=3)
+    task = "sequence_classification" if "bert" in kind else "causal_lm"
+    config = compose("train", ["data=sentiment", f"model={'roberta' if 'bert' in kind else 'mistral'}_lora", "model.train_layers=last_2"])
+    config.model.max_length, settings = 512, config.model
+    with torch.device("meta"):
+        model: Any = (AutoModelForSequenceClassification if "bert" in kind else AutoModelForCausalLM).from_config(built_of)
+    if lora is None:
+        settings.lora = None
+        freezing.freeze(model, settings)
+    else:
+        assert settings.lora is not None
+        names = [name for name in lora if any(m.endswith(name) for m, _ in model.named_modules())] if isinstance(lora, list) else lora
+        settings.lora.target_modules = names
+        if kind == "bert":
+            model.lorica_new_modules = ["bert.pooler.dense"]
+        model = adapters.attach(model, settings.lora, task, None, freezing.Last(model, settings))
+    planned = jobs.job_of(config, shape_of(built_of.to_dict(), settings, 3), H200, None)[0]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    pooler = 64 * 64 + 64 if kind == "bert" and lora is not None else 0  # new where the base was not a classifier; not counted
+    assert planned.trained == trained - pooler and planned.frozen == 4
+
+
+def test_frozen_layers_keep_nothing() -> None:
+    whole, last = job("trainer.tokens_per_batch=4096"), job("trainer.tokens_per_batch=4096", "model.train_layers=last_8")
+    kept = [memory.train(one, H200)["activations"] for one in (whole, last)]
+    assert kept[1] == pytest.approx(kept[0] / 4, rel=0.1) and last.trained == whole.trained / 4
+    assert pace.flops(last) < 0.65 * pace.flops(whole)
+    small = replace(CARDS["rtx3070_8gb"], context=0)
+    assert memory.settle(last, small, None, None).job.recomputed <= 8
+    assert memory.settle(last, small, True, None).job.recomputed == 8
+    full = ["model=roberta_full", "data=sentiment"]
+    assert memory.total(memory.stays(job(*full, "model.train_layers=last_2"))) < 0.5 * memory.total(memory.stays(job(*full)))

@@ -67,7 +67,7 @@ def test_no_change_of_the_cheapest_can_be_left_out() -> None:
     def fits(one: object) -> bool:
         return runner.make(one, card, shape, lengths).fit.fits  # type: ignore[arg-type]
 
-    taken = changes.makes_fit(config, lengths, fits)
+    taken = changes.makes_fit(config, lengths, shape.layers, fits)
     assert taken
     for left_out in taken:
         assert not fits(changes.changed(config, [c for c in taken if c is not left_out]))
@@ -125,6 +125,16 @@ def test_the_order_of_cards_by_speed_is_that_of_their_makers() -> None:
         for card in ("rtx3070_8gb", "l4_24gb", "a100_80gb", "h200_141gb")
     ]
     assert all(s is not None for s in seconds) and seconds == sorted(seconds, reverse=True)  # type: ignore[type-var]
+
+
+def test_fewer_layers_are_proposed_where_they_are_enough(lorica: Lorica) -> None:
+    wanted = ["model=roberta_full", "data=ag_news", "gpu.memory_gib=1.9"]
+    code, printed = lorica("plan", *wanted)
+    assert code == 1 and "model.train_layers=last_" in printed
+    command = next(line.strip() for line in printed.splitlines() if line.startswith("  model.train_layers"))
+    assert lorica("plan", *wanted, *command.split())[0] == 0
+    code, printed = lorica("plan", "model=roberta_lora", "data=ag_news", "gpu=t4", "model.train_layers=last_13")
+    assert code == 2 and "model.train_layers=last_13: FacebookAI/roberta-base has 12 layers" in printed
 
 
 @pytest.mark.alone

@@ -62,6 +62,8 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "pattern that never ends": ("adapter_config.json", {"target_modules": "(a|a|.)*(a|a|.)*(a|a|.)*$"}, "has target_modules="),
     "pattern as a rank": ("adapter_config.json", {"rank_pattern": {"(.*)*(.*)*$": 4}}, "has rank_pattern="),
     "pattern of layers": ("adapter_config.json", {"layers_pattern": "(.*)*(.*)*$", "layers_to_transform": [1]}, "has layers_pattern="),
+    "layers without end": ("adapter_config.json", {"layers_to_transform": list(range(1 << 15))}, "has layers_to_transform="),
+    "layers that are texts": ("adapter_config.json", {"layers_to_transform": ["(.*)*$"]}, "has layers_to_transform="),
     "modules that are objects": ("adapter_config.json", {"modules_to_save": [{"_target_": "evil.run"}]}, "has modules_to_save="),
     "python's format": ("adapter_config.json", {"base_model_name_or_path": "{0.__class__}"}, ""),
     "dtype that is a function": ("lorica.json", {"dtype": "load"}, "has dtype="),

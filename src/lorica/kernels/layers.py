@@ -30,7 +30,10 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
 class Layers:
     """The layers of one model, and how they run.
 
+    Those below the first one that is trained keep nothing for backward and are never computed again: they are counted nowhere here.
+
     Attributes:
+        layers: from the first trained one on; all where none is.
         recomputed: how many layers, from the first on, keep only their input and are computed again in backward. The last ones keep
             theirs, which are gone by the time that the first are computed again.
         offload: the inputs that recomputed layers keep wait in pinned host memory.
@@ -40,7 +43,9 @@ class Layers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = repeated_layers(model)
+        repeated = repeated_layers(model)
+        first = next((i for i, layer in enumerate(repeated) if any(p.requires_grad for p in layer.parameters())), 0)
+        self.layers = repeated[first:]
         self.recomputed = 0
         self.offload = False
         self.measuring = self.watching = False
@@ -53,6 +58,8 @@ class Layers:
         self._plain = [layer.forward for layer in self.layers]
         for i, layer in enumerate(self.layers):
             layer.forward = functools.partial(self._run, i)
+        for layer in repeated[:first]:
+            layer.forward = functools.partial(self._run_below, layer, layer.forward)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -70,6 +77,11 @@ class Layers:
         if on:
             # two kinds of layers (the first has an input without gradient), some sizes: more than dynamo's default limit of 8 may come
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+
+    def _run_below(self, layer: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._compiled and layer.training and torch.is_grad_enabled():
+            return self._compiled(layer, *args, **kwargs)
+        return plain(*args, **kwargs)
 
     def _run(self, i: int, *args: Any, **kwargs: Any) -> Any:
         if not (self.layers[i].training and torch.is_grad_enabled()):

@@ -13,17 +13,21 @@ from lorica.beside_weights import read_adapter
 from lorica.checks import nearest
 from lorica.config import ConfigError, LoraSettings
 from lorica.kernels import lora_linear
+from lorica.models.freezing import Last
 
 
-def attach(model: Any, settings: LoraSettings, task: str, revision: str | None) -> Any:
+def attach(model: Any, settings: LoraSettings, task: str, revision: str | None, last: Last | None = None) -> Any:
     """`model` with fresh adapters, every other weight frozen; what is trained (heads too) is in fp32.
 
     Modules that the base's files did not hold (a classifier's new head, whatever it is called) are trained and saved whole.
 
+    Args:
+        last: the only layers that get adapters; None: all.
     Raises:
-        ConfigError: target names that the model does not have.
+        ConfigError: target names that the model does not have, or not there.
     """
     from peft import LoraConfig, TaskType, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     targets = settings.target_modules
     if isinstance(targets, list):
@@ -38,6 +42,9 @@ def attach(model: Any, settings: LoraSettings, task: str, revision: str | None) 
                     f"is no linear layer of this model; it has {', '.join(linear)}",
                     f"model.lora.target_modules=[{nearest(target, linear) or ','.join(linear[:2])}]",
                 )
+    if last is not None:
+        last.check_whole(model, settings.modules_to_save or [])
+        targets = last.targets(targets, [name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)])
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM if task == "causal_lm" else TaskType.SEQ_CLS,
         r=settings.r,
@@ -48,6 +55,7 @@ def attach(model: Any, settings: LoraSettings, task: str, revision: str | None) 
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         bias=settings.bias,
+        layers_to_transform=last.numbers if last is not None else None,
         revision=revision,
     )
     try:

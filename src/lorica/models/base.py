@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lorica.beside_weights import check_shards, read_object, refuse_outside
-from lorica.checks import positions_of
+from lorica.checks import check_layers, positions_of
 from lorica.config import ConfigError, ModelConfig, QuantizationSettings
 from lorica.durable import replaced_folder
 from lorica.hub import PACKAGED, hub_errors, packaged, resolve_revision
@@ -96,7 +96,7 @@ def load_config(base: Base, model: ModelConfig) -> Any:
     """The architecture's configuration.
 
     Raises:
-        ConfigError: unknown architecture, or `model.max_length` above its positions.
+        ConfigError: unknown architecture, `model.max_length` above its positions, or `model.train_layers` above its layers.
     """
     from transformers import AutoConfig
 
@@ -107,6 +107,8 @@ def load_config(base: Base, model: ModelConfig) -> Any:
     positions = positions_of(config.to_dict())
     if positions is not None and model.max_length > positions:
         raise ConfigError("model.max_length", model.max_length, f"{base.name} has {positions} positions", f"model.max_length={positions}")
+    if isinstance(layers := getattr(config.get_text_config(), "num_hidden_layers", None), int):
+        check_layers(model, layers)
     return config
 
 

@@ -18,7 +18,7 @@ from lorica.hub import TINY
 from lorica.kernels import attention, dropout
 from lorica.kernels.layers import Layers
 from lorica.launch import wait_for_all
-from lorica.models import adapters, base, weights
+from lorica.models import adapters, base, freezing, weights
 
 
 @dataclass
@@ -100,10 +100,13 @@ def load(config: TrainConfig, data: LoricaDataModule, machine: Machine, prepared
         quantization=settings.quantization if settings.quantization and settings.quantization.load_in_4bit else None,
     )
     if settings.lora is not None:
-        model = adapters.attach(model, settings.lora, settings.task, found.revision)
+        last = freezing.Last(model, settings) if settings.train_layers is not None else None
+        model = adapters.attach(model, settings.lora, settings.task, found.revision, last)
         model.get_base_model().name_or_path = found.name
         for active in model.peft_config.values():
             active.base_model_name_or_path = found.name
+    elif settings.train_layers is not None:
+        freezing.freeze(model, settings)
     if machine.device.type == "cpu":
         dropout.install(model)
         if attn == "sdpa" and settings.attn_implementation == "auto":

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 
+from lorica.checks import trained_layers
 from lorica.config import QuantizationSettings, TrainConfig
 from lorica.planning.lengths import Lengths
 
@@ -22,14 +23,14 @@ class Change:
     apply: Callable[[TrainConfig], None]
 
 
-def makes_fit(config: TrainConfig, lengths: Lengths | None, fits: Callable[[TrainConfig], bool]) -> list[Change] | None:
+def makes_fit(config: TrainConfig, lengths: Lengths | None, layers: int, fits: Callable[[TrainConfig], bool]) -> list[Change] | None:
     """The cheapest changes, in the order of their price, after which the run fits; None where none do.
 
     Args:
-        fits: whether a configuration does.
+        layers: of the model. fits: whether a configuration does.
     """
     taken: dict[str, Change] = {}
-    for change in ladder(config, lengths):
+    for change in ladder(config, lengths, layers):
         taken[change.kind] = change
         if fits(changed(config, taken.values())):
             break
@@ -42,10 +43,10 @@ def makes_fit(config: TrainConfig, lengths: Lengths | None, fits: Callable[[Trai
     return list(taken.values())
 
 
-def alone(config: TrainConfig, lengths: Lengths | None, fits: Callable[[TrainConfig], bool]) -> list[Change]:
+def alone(config: TrainConfig, lengths: Lengths | None, layers: int, fits: Callable[[TrainConfig], bool]) -> list[Change]:
     """Each single change that is enough by itself, the mildest of its kind."""
     found: dict[str, Change] = {}
-    for change in ladder(config, lengths):
+    for change in ladder(config, lengths, layers):
         if change.kind not in found and fits(changed(config, [change])):
             found[change.kind] = change
     return list(found.values())
@@ -59,7 +60,7 @@ def changed(config: TrainConfig, taken: Iterable[Change]) -> TrainConfig:
     return copy
 
 
-def ladder(config: TrainConfig, lengths: Lengths | None) -> Iterator[Change]:
+def ladder(config: TrainConfig, lengths: Lengths | None, layers: int) -> Iterator[Change]:
     """Every change that saves memory, cheapest first."""
     t, model = config.trainer, config.model
     if t.resident_weights:
@@ -82,10 +83,19 @@ def ladder(config: TrainConfig, lengths: Lengths | None) -> Iterator[Change]:
         )
     if model.quantization is None and model.lora is not None:
         yield Change("bits", ("model.quantization={load_in_4bit:true}",), "NF4 weights: 9 % error each, a loss a little higher", _quantised)
+    yield from _fewer_layers(layers, trained_layers(model, layers))
     length = model.max_length // 2
     while length >= SHORTEST:
         yield _shorter(config, lengths, length)
         length //= 2
+
+
+def _fewer_layers(layers: int, learning: int) -> Iterator[Change]:
+    """The last half of the layers that learn, the last quarter, the last eighth."""
+    for part in (2, 4, 8):
+        if count := learning // part:
+            price = f"the first {layers - count} of {layers} layers learn nothing: fewer weights to learn with, faster"
+            yield _set("layers", f"model.train_layers=last_{count}", price)
 
 
 def _shorter(config: TrainConfig, lengths: Lengths | None, length: int) -> Change:

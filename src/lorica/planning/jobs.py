@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lorica.checks import trained_layers
 from lorica.config import TrainConfig
 from lorica.planning.activations import Way
 from lorica.planning.cards import Card
@@ -80,13 +81,16 @@ def job_of(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | Non
     adapted = targets(shape, lora.target_modules) if lora is not None else ()
     head = lora is not None and shape.decoder and targets_head(lora.target_modules)
     four_bit = model.quantization is not None and model.quantization.load_in_4bit
+    learning = trained_layers(model, shape.layers)
     trained, beside = shape.weights, 0
+    if learning < shape.layers:  # and what comes after the layers
+        trained = learning * shape.of_layer + shape.rest + shape.head
     if lora is not None:
         each = lora.r * sum(one.rows + one.columns for one in adapted) + (sum(one.rows for one in adapted) if lora.use_dora else 0)
         beside = shape.trained_head() if model.task == "sequence_classification" else 0
         whole = {"lm_head": shape.vocabulary * shape.hidden, "embed_tokens": shape.embeddings}
         beside += sum(whole.get(name.rpartition(".")[2], 0) for name in lora.modules_to_save or [])
-        trained = shape.layers * each + beside + (lora.r * (shape.vocabulary + shape.hidden) if head else 0)
+        trained = learning * each + beside + (lora.r * (shape.vocabulary + shape.hidden) if head else 0)
     way = Way(adapted, lora is None, lora.r if lora else 0, lora.lora_dropout if lora else 0.0, b, bool(compiled), flat)
     evaluated = EVALUATED * max(t.tokens_per_batch or 0, min((t.batch_size or 1) * sizes.longest, 4096), LEAST_EVALUATED)
     return (
@@ -106,6 +110,7 @@ def job_of(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | Non
             labels=lengths.labels if lengths is not None and model.task == "sequence_classification" else 0,
             host_embeddings=t.offload_embeddings,
             fp8=t.fp8,
+            frozen=shape.layers - learning,
         ),
         sizes,
     )

@@ -31,6 +31,7 @@ class Job:
         tokens: of the largest micro-batch, padding included. rows: sequences in it. targets: places of it that are learnt.
         evaluated: tokens of the largest evaluation batch. recomputed: layers computed again in backward. offload: their inputs in host
             memory meanwhile. resident: 4-bit weights kept plain as well. host_embeddings: the input embeddings in host memory.
+        frozen: first layers, which no gradient flows through.
     """
 
     shape: Shape
@@ -51,6 +52,12 @@ class Job:
     resident: bool = False
     host_embeddings: bool = False
     fp8: bool = False
+    frozen: int = 0
+
+    @property
+    def learning(self) -> int:
+        """Layers that are trained or have adapters: the only ones that keep anything for backward."""
+        return self.shape.layers - self.frozen
 
 
 Parts = dict[str, float]
@@ -74,13 +81,13 @@ def weights(job: Job) -> Parts:
 
 def plain_weights(job: Job) -> float:
     """Bytes of the 4-bit weights under adapters, plain (or in FP8, with their transposes)."""
-    adapted = job.shape.layers * sum(one.weights for one in job.way.adapted)
+    adapted = job.learning * sum(one.weights for one in job.way.adapted)
     return float(adapted * job.way.b)
 
 
 def state(job: Job) -> float:
     """Bytes of the optimiser's state on the card; paged states leave it where every layer is computed again."""
-    if job.optimizer == "paged_adamw_8bit" and job.recomputed >= job.shape.layers:
+    if job.optimizer == "paged_adamw_8bit" and job.recomputed >= job.learning:
         return 0.0
     each = {"sgd": 0.0, "adamw": 8.0}.get(job.optimizer, 2 * (1 + 4 / 256))
     return each * job.trained
@@ -122,12 +129,12 @@ def train(job: Job, card: Card) -> Parts:
     backward of the layers that are computed again."""
     shape, way = job.shape, job.way
     own = kept(shape, way)
-    again = min(job.recomputed, shape.layers)
+    layers, again = job.learning, min(job.recomputed, job.learning)
     waiting = 0.0 if job.offload else own.input * job.tokens * again
-    whole = (own.a_token * job.tokens + own.once) * (shape.layers - again) + waiting
+    whole = (own.a_token * job.tokens + own.once) * (layers - again) + waiting
     passed = residual(shape, way) * shape.hidden * job.tokens  # the gradient between two layers
     moments = [(whole, ends(job), logits(job))]
-    if again < shape.layers:
+    if again < layers:
         grads = backward(shape, way, again=False)
         moments.append((whole, passed, grads.a_token * job.tokens + grads.once))
     if again:
@@ -146,7 +153,7 @@ def train(job: Job, card: Card) -> Parts:
 
 def dequantised(job: Job) -> Parts:
     """A 4-bit weight made plain for one product."""
-    if not job.four_bit or job.resident:
+    if not job.four_bit or (job.resident and not job.frozen):
         return {}
     return {"a dequantised weight": float(job.way.b * max(one.weights for one in job.shape.linears))}
 
@@ -218,7 +225,7 @@ def settle(job: Job, card: Card, asked: bool | int | str | None, resident: bool 
     Args:
         asked: `trainer.gradient_checkpointing`. resident: `trainer.resident_weights`.
     """
-    layers, usable = job.shape.layers, card.usable
+    layers, usable = job.learning, card.usable
 
     def ran(**changes: object) -> Job:
         return replace(job, **changes)  # type: ignore[arg-type]
@@ -255,8 +262,11 @@ def layers_line(job: Job) -> str:
         ways.append("4-bit weights kept plain as well")
     if not job.recomputed:
         ways.append("activations kept")
-    elif job.recomputed == job.shape.layers:
-        ways.append("every layer computed again in backward" + (", its input in host memory meanwhile" if job.offload else ""))
+    elif job.recomputed == job.learning:
+        ways.append(
+            f"every {'trained ' if job.frozen else ''}layer computed again in backward"
+            + (", its input in host memory meanwhile" if job.offload else "")
+        )
     else:
-        ways.append(f"{job.recomputed} of {job.shape.layers} layers computed again in backward")
+        ways.append(f"{job.recomputed} of {job.learning} {'trained ' if job.frozen else ''}layers computed again in backward")
     return ", ".join(ways)

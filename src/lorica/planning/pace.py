@@ -54,16 +54,18 @@ def rate(job: Job, sizes: Batches, card: Card) -> float:
     of_batch = flops(job) * job.tokens
     share = _between(DECODERS if job.shape.decoder else ENCODERS, of_batch * 989 / card.teraflops)  # what keeps an H200 as long
     seconds = of_batch / (card.teraflops * 1e12 * REACHED * share * (1.0 if job.way.compiled else NOT_COMPILED))
-    if job.four_bit and not job.resident:
-        passes = 2 + job.recomputed / max(1, job.shape.layers)
+    if job.four_bit and (job.frozen or not job.resident):
+        again = 0 if job.resident else 2 * job.learning + job.recomputed
+        passes = (job.frozen + again) / max(1, job.shape.layers)
         seconds += passes * job.shape.in_linears * DEQUANTISED / (card.bandwidth * 1e9 * PASSED)
     return min(float(job.tokens), sizes.mean * sizes.rows) / seconds
 
 
 def flops(job: Job) -> float:
     """Floating point operations of a token: two products for each weight forward, two more for what flows back, two for the gradients of
-    weights that are trained themselves, and two for each that is computed again."""
-    shape, trained = job.shape, 6 if job.way.full else 4
+    weights that are trained themselves, and two for each that is computed again. Nothing flows back through frozen layers."""
+    shape = job.shape
+    trained = 2 + (4 if job.way.full else 2) * job.learning / max(1, shape.layers)
     again = 2.0 * job.recomputed / max(1, shape.layers)
     head = (4 if shape.decoder else 0) * shape.vocabulary * shape.hidden * job.targets / max(1, job.tokens)
     return (trained + again) * shape.in_linears + head

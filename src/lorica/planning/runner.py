@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lorica.checks import check_layers
 from lorica.config import ClassificationDataConfig, ConfigError, PlanConfig, TrainConfig
 from lorica.planning import cards, changes, memory, parts
 from lorica.planning.cards import GIB, Card
@@ -59,6 +60,7 @@ def run(config: PlanConfig, train: TrainConfig, as_numbers: bool = False) -> int
             f"{train.model.base} has {shape.positions} positions",
             f"model.max_length={shape.positions}",
         )
+    check_layers(train.model, shape.layers)
     plan = make(train, card, shape, lengths)
     found = None if plan.fit.fits else proposals(train, card, shape, lengths)
     if as_numbers:
@@ -87,8 +89,8 @@ def proposals(train: TrainConfig, card: Card, shape: Shape, lengths: Lengths | N
     def fits(config: TrainConfig) -> bool:
         return make(config, card, shape, lengths).fit.fits
 
-    ways = [cheapest] if (cheapest := changes.makes_fit(train, lengths, fits)) is not None else []
-    ways += [[one] for one in changes.alone(train, lengths, fits) if [one] not in ways]
+    ways = [cheapest] if (cheapest := changes.makes_fit(train, lengths, shape.layers, fits)) is not None else []
+    ways += [[one] for one in changes.alone(train, lengths, shape.layers, fits) if [one] not in ways]
     return [Proposal(way, make(changes.changed(train, way), card, shape, lengths)) for way in ways]
 
 
