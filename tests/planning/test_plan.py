@@ -127,6 +127,19 @@ def test_the_order_of_cards_by_speed_is_that_of_their_makers() -> None:
     assert all(s is not None for s in seconds) and seconds == sorted(seconds, reverse=True)  # type: ignore[type-var]
 
 
+@pytest.mark.parametrize("length", [512, 1024])
+@pytest.mark.parametrize("data", ["ag_news", "sentiment", "healthcare_qa", "chat"])
+@pytest.mark.parametrize(("trainer", "card"), [("gpu_8gb", "rtx3070_8gb"), ("gpu_8gb", "rtx4060_8gb"), ("gpu_16gb_t4", "colab_t4")])
+def test_the_recipes_of_small_cards_hold_a_7b(trainer: str, card: str, data: str, length: int) -> None:
+    wanted = ["model=mistral_qlora", f"data={data}", f"trainer={trainer}", f"model.max_length={length}"]
+    found = planned(*wanted, card=card)
+    assert found.fit.fits
+    assert not found.fit.job.offload, "the layers' inputs need no host memory"
+    assert found.fit.job.way.flat == (trainer == "gpu_8gb") and not (found.fit.job.way.compiled and trainer == "gpu_16gb_t4")
+    if data == "healthcare_qa":  # rows may all be as long as they may be
+        assert runner.make(compose("train", wanted), CARDS[card], found.shape, None).fit.fits
+
+
 def test_fewer_layers_are_proposed_where_they_are_enough(lorica: Lorica) -> None:
     wanted = ["model=roberta_full", "data=ag_news", "gpu.memory_gib=1.9"]
     code, printed = lorica("plan", *wanted)
