@@ -1,5 +1,6 @@
 """On an NVIDIA GPU: padding-free batches equal padded ones, NF4 adapters train, and what was trained is what is predicted."""
 
+import csv
 import itertools
 import json
 import subprocess
@@ -262,6 +263,45 @@ def test_a_4bit_model_trains_and_is_found_again(data: str, tmp_path: Path, capsy
         main("predict", [f"run={run}", 'text="hello there"'])
     assert end.value.code == 0 and capsys.readouterr().out.strip()
     assert row["text"]
+
+
+FLAT = ["model.attn_implementation=varlen", "trainer.compile=true"]
+HALF = {
+    "4-bit": ["model=tiny_mistral_qlora", "optimizer.name=paged_adamw_8bit"],
+    "trained head": ["model=tiny_mistral_qlora", "model.lora.modules_to_save=[lm_head,norm]"],
+    "head with an adapter": ["model=tiny_mistral_qlora", "model.lora.target_modules=[q_proj,lm_head]", "model.lora.lora_dropout=0.1"],
+    "DoRA": ["model=tiny_mistral_qlora", "model.lora.use_dora=true"],
+    "last layers": ["model=tiny_mistral_qlora", "model.train_layers=last_2", "trainer.gradient_checkpointing=true"],
+    "last layers, flat and compiled": ["model=tiny_mistral_qlora", "model.train_layers=last_2", *FLAT],
+    "last layers, computed again": ["model=tiny_mistral_qlora", "model.train_layers=last_3", *FLAT, "trainer.gradient_checkpointing=2"],
+    "whole": ["model=tiny_mistral_qlora", "model.lora=null", "model.quantization=null", "optimizer.lr=5e-4"],
+    "encoder with biases": ["model=minilm_lora", "model.lora.bias=all"],
+    "whole encoder": ["model=minilm_full", "optimizer.lr=3e-4"],
+}
+
+
+@pytest.mark.parametrize("what", HALF)
+def test_whatever_is_trained_trains_in_fp16_with_a_scaler(what: str, tmp_path: Path) -> None:
+    """As on a T4: padded, not compiled, gradients unscaled before they are clipped."""
+    padded = [] if set(FLAT) <= set(HALF[what]) else ["model.attn_implementation=sdpa"]
+    steps = [
+        "trainer=gpu_16gb_t4",
+        "trainer.max_epochs=3",
+        "trainer.accumulate_grad_batches=1",
+        "trainer.log_every_n_steps=1",
+        "data.max_test_examples=32",
+        *padded,
+    ]
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit) as end:
+        main("train", ["data=sentiment", *HALF[what], *steps, f"run_dir={run}"])
+    log = (run / "train.log").read_text()
+    assert end.value.code == 0, log[-3000:]
+    assert "precision 16-mixed" in log and ("varlen" in log) == (not padded)
+    assert json.loads((run / "metrics.json").read_text())["train/skipped_steps"] <= 4  # while the scaler finds its scale
+    with (run / "metrics.csv").open(newline="") as file:
+        losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert len(losses) > 8 and sum(losses[-4:]) < sum(losses[:4]), losses
 
 
 def test_an_encoder_with_adapters_and_dropout_trains(tiny_mistral: Path, tmp_path: Path) -> None:

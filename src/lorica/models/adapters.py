@@ -69,6 +69,9 @@ def attach(model: Any, settings: LoraSettings, task: str, revision: str | None, 
     for p in adapted.parameters():
         if p.requires_grad:
             p.data = p.data.float()
+    for m in adapted.modules():  # CPUs add no fp32 bias after a norm of another type
+        if isinstance(m, nn.LayerNorm) and m.bias is not None and m.bias.requires_grad:
+            m.weight.data = m.weight.data.float()
     return _fast(adapted)
 
 
