@@ -280,7 +280,7 @@ class TrainerConfig:
     gradient_clip_val: float | None = key(1.0, "Lightning: largest gradient norm; null: no clipping", above=0.0)
     gradient_checkpointing: Any = key(
         None,
-        "layers that keep only their input and are computed again in backward (less memory, up to 40 % more time): true, false, how many, "
+        "layers that keep only their input and are computed again in backward (less memory, up to 40 % more time): true, false, how many of those that learn, "
         "or offload (all, and their inputs wait in host memory); null: as few as fit into the GPU, none on other devices",
     )
     fit: bool = key(
