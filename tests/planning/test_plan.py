@@ -150,6 +150,17 @@ def test_fewer_layers_are_proposed_where_they_are_enough(lorica: Lorica) -> None
     assert code == 2 and "model.train_layers=last_13: FacebookAI/roberta-base has 12 layers" in printed
 
 
+def test_a_run_ends_with_its_steps_where_they_come_first() -> None:
+    wanted = ("model=mistral_qlora", "data=healthcare_qa", "trainer.tokens_per_batch=null", "trainer.batch_size=5")
+    epochs = planned(*wanted, card="h200_141gb").pace
+    ten = planned(*wanted, "trainer.max_steps=10", "trainer.accumulate_grad_batches=2", "trainer.compile=true", card="h200_141gb").pace
+    assert epochs.whole is not None and epochs.epoch is not None and epochs.whole == pytest.approx(3 * epochs.epoch)
+    assert ten.whole is not None and ten.epoch is not None and ten.whole == pytest.approx(100 / 95 * ten.epoch)
+    assert planned(*wanted, "trainer.max_steps=0", card="h200_141gb").pace.whole == 0
+    unseen = planned("experiment=chatdoctor", "data.source=hub", card="h200_141gb").pace
+    assert unseen.epoch is None and unseen.whole == pytest.approx(500 * 2048 / unseen.tokens)
+
+
 @pytest.mark.alone
 def test_it_answers_within_two_and_a_half_seconds_and_imports_no_torch() -> None:
     program = "import sys; from lorica.cli import main\ntry: main('plan', ['model=mistral_qlora', 'data=sentiment', 'gpu=rtx3070_8gb'])\n"

@@ -30,7 +30,7 @@ WORKING = 0.95  # of its limit that a card draws in training: 0.87 to 0.99
 
 @dataclass(frozen=True)
 class Pace:
-    """tokens: a second. epoch, whole: seconds of an epoch, and of the run; None where the rows are not known. joules: of the run."""
+    """tokens: a second. epoch, whole: seconds of an epoch, and of the run; None where that is not known. joules: of the run."""
 
     tokens: float
     epoch: float | None
@@ -39,14 +39,16 @@ class Pace:
     measured: bool
 
 
-def pace(job: Job, sizes: Batches, card: Card, epochs: float | None, rows: int | None) -> Pace:
-    """How fast a job runs on a card."""
+def pace(job: Job, sizes: Batches, card: Card, epoch: float | None, whole: float | None) -> Pace:
+    """How fast a job runs on a card.
+
+    Args:
+        epoch, whole: tokens of an epoch, and of the run, without padding; None where that is not known.
+    """
     tokens = rate(job, sizes, card)
-    if rows is None or epochs is None:
-        return Pace(tokens, None, None, None, card.name.startswith(MEASURED_ON[:4]))
-    epoch = rows * sizes.mean / tokens
-    whole = epoch * epochs
-    return Pace(tokens, epoch, whole, whole * card.watts * WORKING, card.name.startswith(MEASURED_ON[:4]))
+    seconds = None if whole is None else whole / tokens
+    joules = None if seconds is None else seconds * card.watts * WORKING
+    return Pace(tokens, None if epoch is None else epoch / tokens, seconds, joules, card.name.startswith(MEASURED_ON[:4]))
 
 
 def rate(job: Job, sizes: Batches, card: Card) -> float:

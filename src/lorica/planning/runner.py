@@ -10,7 +10,7 @@ from lorica.checks import check_layers
 from lorica.config import ClassificationDataConfig, ConfigError, PlanConfig, TrainConfig
 from lorica.planning import cards, changes, memory, parts
 from lorica.planning.cards import GIB, Card
-from lorica.planning.jobs import Batches
+from lorica.planning.jobs import Batches, job_of
 from lorica.planning.lengths import Lengths, look
 from lorica.planning.pace import Pace, pace
 from lorica.planning.shapes import Shape, find_shape
@@ -36,9 +36,18 @@ class Plan:
 def make(config: TrainConfig, card: Card, shape: Shape, lengths: Lengths | None) -> Plan:
     """The plan of a run on a card: of the fastest way that fits, or, where none does, of the one that takes least."""
     chosen = parts.fastest(config, shape, card, lengths) or parts.smallest(config, shape, card, lengths)
-    epochs = float(config.trainer.max_epochs) if config.trainer.max_epochs > 0 else None
-    took = pace(chosen.fit.job, chosen.sizes, card, epochs, lengths.rows if lengths is not None else None)
+    took = pace(chosen.fit.job, chosen.sizes, card, *_tokens(config, job_of(config, shape, card, lengths)[1], lengths))
     return Plan(shape, card, lengths, chosen.size, chosen.fit, chosen.sizes, took)
+
+
+def _tokens(config: TrainConfig, asked: Batches, lengths: Lengths | None) -> tuple[float | None, float | None]:
+    """(tokens of an epoch, and of the run, which ends with its epochs or with its steps); None where that is not known."""
+    t = config.trainer
+    epoch = lengths.rows * asked.mean if lengths is not None else None
+    ends = [epoch * t.max_epochs] if epoch is not None and t.max_epochs > 0 else []
+    if t.max_steps >= 0:
+        ends.append(t.max_steps * t.accumulate_grad_batches * asked.rows * asked.mean)
+    return epoch, min(ends, default=None)
 
 
 def run(config: PlanConfig, train: TrainConfig, as_numbers: bool = False) -> int:
@@ -184,9 +193,9 @@ def _facts(plan: Plan, train: TrainConfig, config: PlanConfig) -> list[tuple[str
         )
     )
     source = "by rates measured on an H200" if took.measured else "estimated from rates measured on an H200, +-40 %"
-    if took.whole is not None and took.epoch is not None and took.joules is not None:
-        told = f"{duration(took.epoch)} an epoch, {duration(took.whole)} in all; {took.tokens:,.0f} tokens/s ({source})"
-        rows.append(("time", told))
+    if took.whole is not None and took.joules is not None:
+        epoch = f"{duration(took.epoch)} an epoch, " if took.epoch is not None else ""
+        rows.append(("time", f"{epoch}{duration(took.whole)} in all; {took.tokens:,.0f} tokens/s ({source})"))
         kwh = took.joules / 3.6e6
         costs = [f"{kwh:.3g} kWh" if kwh >= 1 else f"{1000 * kwh:.3g} Wh"]
         if config.price_per_kwh is not None:
