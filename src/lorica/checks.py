@@ -199,7 +199,12 @@ def _check_model(model: ModelConfig) -> None:
     own = _of_folder(model.base)
     if own is not None and isinstance(layers := own.get("num_hidden_layers"), int):
         check_layers(model, layers)
-    positions = positions_of(own) if own is not None else None
+    try:
+        positions = positions_of(own) if own is not None else None
+    except (ValueError, TypeError) as e:
+        raise ConfigError("model.base", model.base, f"its config.json can't be read: {e}") from None
+    if positions is not None and positions < 1:
+        raise ConfigError("model.base", model.base, f"its config.json leaves {positions} positions: max_position_embeddings is wrong")
     if positions is not None and model.max_length > positions:
         raise ConfigError("model.max_length", model.max_length, f"{model.base} has {positions} positions", f"model.max_length={positions}")
     if model.base.startswith((".", "/", "~")) and not Path(model.base).expanduser().is_dir():
@@ -224,7 +229,7 @@ def _of_folder(base: str) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(file.read_text("utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError, OSError) as e:
         raise ConfigError("model.base", base, f"its config.json can't be read: {e}") from None
     if not isinstance(found, dict):
         raise ConfigError("model.base", base, f"its config.json can't be read: it holds a {type(found).__name__}, not an object")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lorica.composition import compose
 from lorica.config import ConfigError, ModelConfig
 from lorica.hub import TINY
 from lorica.planning.known import KNOWN
@@ -110,6 +111,34 @@ def test_what_can_not_be_had_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(ConfigError, match="is damaged"):
         find_shape(causal(str(tmp_path)), 0)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "roberta"])
+@pytest.mark.parametrize("name", [*SMALL, "max_position_embeddings", "pad_token_id", "head_dim", "num_key_value_heads"])
+@pytest.mark.parametrize("value", [-4096, 10**40, "big", True, 256.5, float("nan"), {"a": 1}, [1]])
+def test_a_number_that_can_not_be_one_is_refused(kind: str, name: str, value: Any) -> None:
+    if (name == "pad_token_id" and kind == "mistral") or (name in ("head_dim", "num_key_value_heads") and kind == "roberta"):
+        return  # that architecture has none
+    if name == "max_position_embeddings" and kind == "mistral" and not isinstance(value, int):
+        return  # a bound that is no number is none
+    config = {"model_type": kind, "max_position_embeddings": 514, **SMALL, name: value}
+    with pytest.raises(ConfigError, match=f"its config.json has {name}="):
+        shape_of(config, classifier() if kind == "roberta" else causal(), 2)
+
+
+def test_a_configuration_without_end_is_not_built() -> None:
+    with pytest.raises(ConfigError, match="10,000,000 layers"):
+        shape_of({"model_type": "gpt2", "n_layer": 10_000_000}, causal(), 0)
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [("[" * 100_000, "can't be read"), ('{"max_position_embeddings": 0}', "leaves 0 positions")],
+)
+def test_a_damaged_base_is_told_before_anything_is_loaded(written: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(written)
+    with pytest.raises(ConfigError, match=says):
+        compose("train", ["model=mistral_qlora", f"model.base={tmp_path}"])
 
 
 def test_adapters_go_where_peft_puts_them() -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from lorica.config import ConfigError, ModelConfig
-from lorica.planning.shapes import Linear, Shape
+from lorica.planning.shapes import MOST_LAYERS, Linear, Shape
 
 
 def build(config: dict[str, Any], model: ModelConfig, labels: int) -> Shape:
@@ -27,6 +27,8 @@ def build(config: dict[str, Any], model: ModelConfig, labels: int) -> Shape:
     causal = model.task == "causal_lm"
     try:
         read = CONFIG_MAPPING[kind].from_dict({k: v for k, v in config.items() if k != "model_type"})
+        if (layers := read.get_text_config().num_hidden_layers) > MOST_LAYERS:
+            raise ValueError(f"of {layers:,} layers")
         if not causal:
             read.num_labels = max(labels, 2)
         with torch.device("meta"):

@@ -21,6 +21,8 @@ from lorica.planning.known import KNOWN
 SEPARATE = ("mistral", "llama", "qwen2", "qwen3", "gemma", "smollm3", "granite")
 FUSED = ("phi3",)
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert")
+MOST_LAYERS = 1000
+MOST = 1 << 24  # of every other number of a config.json
 ROLES = ("queries", "mixed", "widening", "narrowing")
 # What PEFT gives adapters to where model.lora.target_modules is null.
 DEFAULT_TARGETS = {"phi3": ("qkv_proj",), "qwen3": ("q_proj", "v_proj")}
@@ -141,7 +143,7 @@ def shape_of(config: dict[str, Any], model: ModelConfig, labels: int) -> Shape:
     """What a config.json describes, for a task.
 
     Raises:
-        ConfigError: a number is missing, or transformers does not know the architecture.
+        ConfigError: a number is missing or can't be one, or transformers does not know the architecture.
     """
     kind = config.get("model_type")
     classifier = model.task == "sequence_classification"
@@ -150,16 +152,39 @@ def shape_of(config: dict[str, Any], model: ModelConfig, labels: int) -> Shape:
             return _encoder(config, str(kind), labels if classifier else 0)
         if kind in SEPARATE or kind in FUSED:
             return _decoder(config, str(kind), labels if classifier else 0)
-    except (KeyError, TypeError, ZeroDivisionError) as e:
+    except KeyError as e:
         raise ConfigError("model.base", model.base, f"its config.json lacks {e}") from None
+    except ValueError as e:
+        raise ConfigError("model.base", model.base, f"its config.json has {e}") from None
     return _built(config, model, labels)
 
 
+def _number(config: dict[str, Any], name: str, instead: int | None = None, least: int = 1) -> int:
+    """A number of a config.json. instead: where there is none.
+
+    Raises:
+        KeyError: there is none. ValueError: it is something else, or out of all bounds.
+    """
+    value = config[name] if instead is None else config.get(name)
+    if value is None and instead is not None:
+        return instead
+    most = MOST_LAYERS if name == "num_hidden_layers" else MOST
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{name}={repr(value)[:40]}, not a whole number from {least} to {most:,}")
+    return value
+
+
+def _sizes(config: dict[str, Any]) -> tuple[int, int, int, int, int]:
+    """(width, layers, heads, width of the wide part, vocabulary)."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    hidden, layers, heads, inner, vocabulary = (_number(config, name) for name in names)
+    return hidden, layers, heads, inner, vocabulary
+
+
 def _decoder(config: dict[str, Any], kind: str, labels: int) -> Shape:
-    hidden, layers, heads = (int(config[k]) for k in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-    inner, vocabulary = int(config["intermediate_size"]), int(config["vocab_size"])
-    size = int(config.get("head_dim") or hidden // heads)
-    queries, keys = heads * size, int(config.get("num_key_value_heads") or heads) * size
+    hidden, layers, heads, inner, vocabulary = _sizes(config)
+    size = _number(config, "head_dim", max(1, hidden // heads))
+    queries, keys = heads * size, _number(config, "num_key_value_heads", heads) * size
     biased = bool(config.get("attention_bias", kind == "qwen2"))
     wide = bool(config.get("mlp_bias", False))
     if kind in FUSED:
@@ -182,32 +207,32 @@ def _decoder(config: dict[str, Any], kind: str, labels: int) -> Shape:
     small = 2 * hidden + sum(linear.rows for linear in linears if linear.bias) + (2 * size if kind == "qwen3" else 0)
     tied = bool(config.get("tie_word_embeddings", kind == "gemma"))
     head = labels * hidden if labels else 0 if tied else vocabulary * hidden
-    positions = config.get("max_position_embeddings")
+    given = config.get("max_position_embeddings")
+    positions = _number(config, "max_position_embeddings") if isinstance(given, int) else None
     return Shape(
         True, kind, layers, hidden, heads, queries, keys, inner, True, tuple(linears), small, vocabulary, vocabulary * hidden, hidden,
-        head, positions if isinstance(positions, int) else None, bool(config.get("attention_dropout")),
+        head, positions, bool(config.get("attention_dropout")),
     )  # fmt: skip
 
 
 def _encoder(config: dict[str, Any], kind: str, labels: int) -> Shape:
-    hidden, layers, heads = (int(config[k]) for k in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-    inner, vocabulary, positions = (int(config[k]) for k in ("intermediate_size", "vocab_size", "max_position_embeddings"))
+    hidden, layers, heads, inner, vocabulary = _sizes(config)
+    positions = _number(config, "max_position_embeddings")
     linears = (
         *(Linear(name, "queries", hidden, hidden, True) for name in ("query", "key", "value")),
         Linear("attention.output.dense", "mixed", hidden, hidden, True),
         Linear("intermediate.dense", "widening", inner, hidden, True),
         Linear("output.dense", "narrowing", hidden, inner, True),
     )
-    tables = (vocabulary + positions + int(config.get("type_vocab_size", 2))) * hidden + 2 * hidden
+    tables = (vocabulary + positions + _number(config, "type_vocab_size", 2)) * hidden + 2 * hidden
     pooler = hidden * hidden + hidden  # BERT's; RoBERTa's head has one of that size
     usable = positions
     if kind != "bert":
-        pad = config.get("pad_token_id")
-        usable -= (1 if pad is None else int(pad)) + 1
+        usable -= _number(config, "pad_token_id", 1, least=0) + 1
     return Shape(
         False, kind, layers, hidden, heads, hidden, hidden, inner, False, linears,
         4 * hidden + sum(linear.rows for linear in linears), vocabulary, tables, pooler, (hidden + 1) * labels, usable,
-        float(config.get("hidden_dropout_prob", 0.1)) > 0,
+        config.get("hidden_dropout_prob", 0.1) != 0,
     )  # fmt: skip
 
 
