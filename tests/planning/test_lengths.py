@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lorica.composition import compose
+from lorica.config import ConfigError
 from lorica.planning import lengths as lengths_module
 from lorica.planning.lengths import look
 
@@ -64,6 +65,25 @@ def test_of_a_large_file_the_first_rows_are_read(tmp_path: Path, monkeypatch: py
     assert found.rows == pytest.approx(0.8 * 5000, rel=0.15)
     few = look(compose("train", [*overrides, "data.input_column=null", "data.max_train_examples=300"]), 500)
     assert few is not None and few.rows == 300
+
+
+def test_a_large_file_in_the_order_of_its_labels_has_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "train.csv"
+    file.write_text("text,label\n" + "".join(f"some text {i},kind{i // 1000}\n" for i in range(3000)))
+    monkeypatch.setattr(lengths_module, "LARGE", 1000)
+    keys = ["data.text_column=text", "data.label_column=label"]
+    found = look(compose("train", ["model=minilm_lora", "data=classification", f"data.path={file}", *keys]), 100)
+    assert found is not None and found.labels == 3
+
+
+def test_a_large_file_without_a_row_that_can_be_used_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "train.csv"
+    file.write_text("question,answer\n" + "what is it,\n" * 1000)
+    monkeypatch.setattr(lengths_module, "LARGE", 1000)
+    keys = ["data.prompt_column=question", "data.input_column=null", "data.completion_column=answer"]
+    for wrong in ([], ["data.completion_column=reply"]):
+        with pytest.raises(ConfigError, match="it has question, answer" if wrong else "none of its first 200 rows"):
+            look(compose("train", ["model=mistral_qlora", "data=instruction", f"data.path={file}", *keys, *wrong]), 100)
 
 
 def test_rows_on_the_hub_are_not_asked_for() -> None:

@@ -16,7 +16,7 @@ from lorica import hub
 from lorica.config import ConfigError, DataConfig, TrainConfig
 from lorica.data.encoding import CausalEncoder, ClassifierEncoder, Encoded, Truncation
 from lorica.data.examples import Example
-from lorica.data.readers import Row, read_rows, split_files
+from lorica.data.readers import Row, check_columns, read_rows, split_files
 from lorica.data.registry import build_rows
 from lorica.data.rows import BadRow
 
@@ -89,12 +89,18 @@ def _examples(config: TrainConfig, most: int) -> tuple[list[Example], int, list[
     source = build_rows(data, config.seed)
     if (file := _large(data)) is not None:
         first = list(itertools.islice(read_rows(file, data.csv_columns), 2 * most))
-        source.prepare_rows({"train": first})
+        check_columns(first, source.columns(), "the train file")
+        try:
+            source.prepare_rows({"train": first})
+        except ConfigError:  # a file in the order of its labels: they are looked for in all of it
+            source.prepare_rows({"train": list(read_rows(file, data.csv_columns))})
         examples = []
         for row in first:
             with suppress(BadRow):
                 if not row.fault:
                     examples.append(source.to_example(row))
+        if not examples:
+            raise ConfigError("data.path", data.path, f"none of its first {len(first):,} rows can be used", "mend them")
         count = _count(file, first)
         held = data.validation_fraction + data.test_fraction
         return examples[:most], min(round(count * (1 - held)), data.max_train_examples or count), list(source.labels or [])
