@@ -11,7 +11,18 @@ from lorica.config import ConfigError, GpuSettings
 from lorica.planning.cards import CARDS, GIB, choose
 
 
-@pytest.mark.parametrize(("typed", "found"), [("rtx3070_8gb", "rtx3070_8gb"), ("RTX-4090", "rtx4090_24gb"), ("h200", "h200_141gb")])
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("rtx3070_8gb", "rtx3070_8gb"),
+        ("RTX-4090", "rtx4090_24gb"),
+        ("h200", "h200_141gb"),
+        ("4090", "rtx4090_24gb"),
+        ("NVIDIA GeForce RTX 3090", "rtx3090_24gb"),
+        ("nvidia_l4", "l4_24gb"),
+        ("Tesla T4", "t4_16gb"),
+    ],
+)
 def test_a_card_is_found_by_its_name(typed: str, found: str) -> None:
     assert choose(GpuSettings(name=typed)) == CARDS[found]
 

@@ -100,14 +100,15 @@ def choose(asked: GpuSettings) -> Card:
 
 
 def _named(name: str) -> Card:
-    plain = _plain(name)
+    plain = re.sub("^(nvidia|geforce|tesla)+", "", _plain(name))
+    plain = f"rtx{plain}" if plain[:1].isdigit() else plain
     for known, card in CARDS.items():
         if plain == _plain(known):
             return card
     starts = [known for known in CARDS if _plain(re.sub(r"_\d+gb$", "", known)) == plain]
     if len(starts) == 1:
         return CARDS[starts[0]]
-    near = starts[0] if starts else nearest(name.lower(), CARDS) or "rtx4090_24gb"
+    near = starts[0] if starts else nearest(plain, CARDS) or "rtx4090_24gb"
     raise ConfigError("gpu", name, f"must be one of {', '.join(CARDS)}", f"gpu={near}, or gpu.memory_gib=24")
 
 
