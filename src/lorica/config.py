@@ -559,7 +559,7 @@ class GpuSettings:
 
     name: str | None = key(None, "a known card, as rtx3070_8gb, colab_t4 or h200_141gb (`gpu=NAME` says the same); null: the one at hand")
     memory_gib: float | None = key(
-        None, "memory of a card that is not known, or another amount than the known one's", unit="GiB", above=0.0
+        None, "memory of a card that is not known, or another amount than the known one's", unit="GiB", above=0.0, high=10_000.0
     )
 
 

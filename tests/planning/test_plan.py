@@ -76,6 +76,7 @@ def test_no_change_of_the_cheapest_can_be_left_out() -> None:
 def test_what_can_not_fit_is_said_to(lorica: Lorica) -> None:
     code, printed = lorica("plan", "model=mistral_lora", "data=sentiment", "gpu.memory_gib=2")
     assert code == 1 and "nothing that Lorica can change makes it fit" in printed
+    assert "at the least: micro-batches run in" in printed and "to fit" not in printed
 
 
 def test_as_json(lorica: Lorica) -> None:
@@ -92,6 +93,9 @@ def test_as_json(lorica: Lorica) -> None:
         (["gpu=rtx9090"], "must be one of rtx3060_12gb"),
         (["gpu=l4", "model.max_length=600"], "MiniLM-L6-v2 has 512 positions"),
         (["gpus=l4"], "gpu=l4"),
+        (["gpu=l4,t4"], "try: one value"),
+        (["gpu.memory_gib=1e30"], "gpu.memory_gib"),
+        (["gpu=l4", "model.base=Qwen/Qwen2.5-0.5B"], "target_modules=[q_proj,k_proj,"),
         (["gpu=l4", "model.lora.ran=8"], "model.lora.r"),
         (["gpu=l4", "model=mistral_qlora", "model.base=someone/unheard-of"], "HF_HUB_OFFLINE is set"),
     ],

@@ -13,7 +13,7 @@ from lorica.planning.cards import GIB, Card
 from lorica.planning.jobs import Batches, job_of
 from lorica.planning.lengths import Lengths, look
 from lorica.planning.pace import Pace, pace
-from lorica.planning.shapes import Shape, find_shape
+from lorica.planning.shapes import Shape, find_shape, targets
 from lorica.screen import Screen, duration, short
 
 PHASES = ("load", "train", "evaluate", "save", "merge", "predict")
@@ -62,6 +62,13 @@ def run(config: PlanConfig, train: TrainConfig, as_numbers: bool = False) -> int
     lengths = look(train, config.rows)
     labels = lengths.labels if lengths is not None else _labels(train)
     shape = find_shape(train.model, labels)
+    if train.model.lora is not None and not targets(shape, train.model.lora.target_modules):
+        raise ConfigError(
+            "model.lora.target_modules",
+            train.model.lora.target_modules,
+            f"names none of the layers of {train.model.base}",
+            f"model.lora.target_modules=[{','.join(dict.fromkeys(one.name for one in shape.linears))}]",
+        )
     if shape.positions is not None and train.model.max_length > shape.positions:
         raise ConfigError(
             "model.max_length",
@@ -183,7 +190,8 @@ def _facts(plan: Plan, train: TrainConfig, config: PlanConfig) -> list[tuple[str
         )
     )
     if plan.size != parts.asked(train):
-        rows.append(("fitted", parts.told(plan.size, train, card)))
+        told = parts.told(plan.size, train, card)
+        rows.append(("fitted", told if plan.fit.fits else f"at the least: {told.partition(', ')[2]}"))
     rows.append(("layers", memory.layers_line(job)))
     rows.append(
         (
