@@ -44,7 +44,7 @@ def choose(config: TrainConfig, data: LoricaDataModule, machine: Machine, archit
     Raises:
         ConfigError: nothing fits; with what would.
     """
-    if machine.device.type != "cuda" or not config.trainer.fit:
+    if machine.device.type != "cuda" or not config.trainer.fit or config.trainer.max_steps == 0:
         return *astuple(parts.asked(config)), ""
     shape = shape_of(architecture, config.model, len(data.labels or []))
     if not shape.exact:
@@ -54,6 +54,19 @@ def choose(config: TrainConfig, data: LoricaDataModule, machine: Machine, archit
     if found is None:
         raise refusal(config, shape, card, lengths)
     return *astuple(found.size), parts.told(found.size, config, card) if found.size != parts.asked(config) else ""
+
+
+def going_on(config: TrainConfig, data: LoricaDataModule, machine: Machine, architecture: dict[str, Any], into: int) -> Size:
+    """The size of a run that goes on: in as many parts as it began with, its input embeddings in host memory where it fits only so."""
+    asked = Size(into, config.trainer.offload_embeddings)
+    if machine.device.type != "cuda" or not config.trainer.fit or asked.host_embeddings:
+        return asked
+    shape = shape_of(architecture, config.model, len(data.labels or []))
+    if not shape.exact or not parts.movable(config, shape):
+        return asked
+    card, lengths = card_at_hand(machine), lengths_of(data, config)
+    fits = parts.sized(config, shape, card, lengths, asked).fit.fits
+    return asked if fits else Size(into, True)
 
 
 def refusal(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths) -> ConfigError:

@@ -196,7 +196,7 @@ def _train(run: Run) -> int:
     _ask_teacher(run, data, machine)
     architecture = prepared.architecture.to_dict()
     if began:
-        size = Size(int(began.get("parts of a micro-batch", "1")), config.trainer.offload_embeddings)
+        size = sizing.going_on(config, data, machine, architecture, int(began.get("parts of a micro-batch", "1")))
     else:
         into, on_host, why = launch.decided_once(
             lambda: sizing.choose(config, data, machine, architecture), config.trainer.accelerator, "LORICA_SIZE"

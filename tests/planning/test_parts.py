@@ -6,14 +6,17 @@ import csv
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from lorica import sizing
 from lorica.composition import compose
-from lorica.config import TrainConfig
+from lorica.config import ConfigError, TrainConfig
 from lorica.planning import parts
 from lorica.planning.cards import CARDS, GIB, Card
+from lorica.planning.known import KNOWN
 from lorica.planning.lengths import Lengths, look
 from lorica.planning.parts import Size
 from lorica.planning.shapes import Shape, find_shape
@@ -62,6 +65,35 @@ def test_what_fits_nowhere_is_refused_with_what_would() -> None:
     config, shape, lengths = run("model.quantization=null")
     error = sizing.refusal(config, shape, card(7.5), lengths or pytest.fail("rows are at hand"))
     assert "needs 1" in str(error) and "of 7.5" in str(error) and "model.quantization={load_in_4bit:true}" in str(error)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """What `sizing` is asked with, for a GPU of so much memory."""
+
+    def asked(gib: float, *overrides: str) -> list[Any]:
+        config, _, lengths = run(*overrides)
+        monkeypatch.setattr(sizing, "card_at_hand", lambda machine: card(gib))
+        monkeypatch.setattr(sizing, "lengths_of", lambda data, config: lengths)
+        machine = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+        return [config, SimpleNamespace(labels=None), machine, KNOWN["mistralai/Mistral-7B-v0.1"]]
+
+    return asked
+
+
+def test_a_run_that_goes_on_has_its_embeddings_where_it_fits(on_a_gpu: Callable[..., list[Any]]) -> None:
+    tight = on_a_gpu(4.75)
+    into, on_host, _ = sizing.choose(*tight)
+    assert on_host
+    assert sizing.going_on(*tight, into=into) == Size(into, True)
+    assert sizing.going_on(*on_a_gpu(22), into=into) == Size(into, False)
+    assert sizing.going_on(*on_a_gpu(4.75, "trainer.fit=false"), into=2) == Size(2, False)
+
+
+def test_a_run_that_trains_nothing_is_not_refused_for_its_training(on_a_gpu: Callable[..., list[Any]]) -> None:
+    with pytest.raises(ConfigError, match="in the smallest parts"):
+        sizing.choose(*on_a_gpu(3))
+    assert sizing.choose(*on_a_gpu(3, "trainer.max_steps=0")) == (1, False, "")
 
 
 def losses(folder: Path) -> list[float]:

@@ -72,20 +72,25 @@ def told(size: Size, config: TrainConfig, card: Card) -> str:
     return f"to fit {card.usable / GIB:.1f} GiB, {' and '.join(filter(None, (cut, moved)))}"
 
 
+def movable(config: TrainConfig, shape: Shape) -> bool:
+    """Whether the input embeddings can wait in host memory: frozen, and not the output head's weights as well."""
+    lora = config.model.lora
+    return shape.decoder and shape.head > 0 and lora is not None and not lora.modules_to_save
+
+
 def _ways(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | None) -> Iterator[Size]:
     """Parts down to a row each, without and with the embeddings on the card."""
     before = asked(config)
     yield before
     if not config.trainer.fit:
         return
-    lora = config.model.lora
-    movable = shape.decoder and shape.head > 0 and lora is not None and not lora.modules_to_save and not before.host_embeddings
+    can_move = movable(config, shape) and not before.host_embeddings
     rows = job_of(config, shape, card, lengths)[1].rows
     parts = 1
     while parts <= min(MOST_PARTS, rows):
         if parts > 1:
             yield Size(parts, before.host_embeddings)
-        if movable:
+        if can_move:
             yield Size(parts, True)
         parts *= 2
 
