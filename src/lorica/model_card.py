@@ -223,7 +223,10 @@ def _training(facts: Facts) -> list[Any]:
     model, optimizer, trainer = (facts.config[k] for k in ("model", "optimizer", "trainer"))
     lora, four, figures = model.get("lora"), model.get("quantization"), facts.figures
     size = f"{trainer['batch_size']} examples" if trainer.get("batch_size") else f"{trainer.get('tokens_per_batch')} tokens"
-    rows = [["trained", f"LoRA r={lora['r']}, alpha {lora['lora_alpha']}, dropout {lora['lora_dropout']:g}" if lora else "every weight"]]
+    last = model.get("train_layers")
+    whole = "weights" if last else "every weight"
+    trained = f"LoRA r={lora['r']}, alpha {lora['lora_alpha']}, dropout {lora['lora_dropout']:g}" if lora else whole
+    rows = [["trained", trained + (f", of the last {last.removeprefix('last_')} layers and what comes after them" if last else "")]]
     rows += [
         ["base in training", f"4 bits, {four['bnb_4bit_quant_type']}" if four and four["load_in_4bit"] else str(facts.task.get("dtype"))]
     ]

@@ -216,6 +216,7 @@ def test_a_run_with_its_last_layers_is_found_again(how: list[str], tiny_mistral:
     ]
     code, printed = lorica("train", *arguments, f"run_dir={run}")
     assert code == 0, printed
+    assert "of the last 2 layers and what comes after them" in next(run.glob("*/README.md")).read_text()
     row = json.loads((run / "predictions.jsonl").read_text().splitlines()[0])
     code, printed = lorica("predict", f"run={run}", f"text={row['text']}")
     assert code == 0 and printed.split()[0] == row["prediction"]
