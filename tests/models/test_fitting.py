@@ -258,7 +258,7 @@ def test_without_a_gpu_layers_run_as_asked_and_nothing_is_tried() -> None:
     for asked, expected in ((None, (0, False)), (True, (6, False)), (2, (2, False)), ("offload", (6, True))):
         data: Any = None
         config.trainer.gradient_checkpointing = asked
-        fitting.prepare(module, config, machine)
+        fitting.prepare(module, config, machine, False)
         found = fitting.fit(module, layers, data, machine, config, False, nullcontext, pytest.fail)
         assert (found.recomputed, found.offload, found.compiled, found.captured) == (*expected, False, False)
         assert (layers.recomputed, layers.offload) == expected and module.capture is None
