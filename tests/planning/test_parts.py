@@ -22,6 +22,7 @@ from lorica.planning.parts import Size
 from lorica.planning.shapes import Shape, find_shape
 
 Lorica = Callable[..., tuple[int, str]]
+OnGpu = Callable[..., tuple[Any, Any, Any, Any]]
 LIMITS = (6, 7.5, 11, 15, 22)
 
 
@@ -68,20 +69,20 @@ def test_what_fits_nowhere_is_refused_with_what_would() -> None:
 
 
 @pytest.fixture
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> OnGpu:
     """What `sizing` is asked with, for a GPU of so much memory."""
 
-    def asked(gib: float, *overrides: str) -> list[Any]:
+    def asked(gib: float, *overrides: str) -> tuple[Any, Any, Any, Any]:
         config, _, lengths = run(*overrides)
         monkeypatch.setattr(sizing, "card_at_hand", lambda machine: card(gib))
         monkeypatch.setattr(sizing, "lengths_of", lambda data, config: lengths)
         machine = SimpleNamespace(device=SimpleNamespace(type="cuda"))
-        return [config, SimpleNamespace(labels=None), machine, KNOWN["mistralai/Mistral-7B-v0.1"]]
+        return config, SimpleNamespace(labels=None), machine, KNOWN["mistralai/Mistral-7B-v0.1"]
 
     return asked
 
 
-def test_a_run_that_goes_on_has_its_embeddings_where_it_fits(on_a_gpu: Callable[..., list[Any]]) -> None:
+def test_a_run_that_goes_on_has_its_embeddings_where_it_fits(on_a_gpu: OnGpu) -> None:
     tight = on_a_gpu(4.75)
     into, on_host, _ = sizing.choose(*tight)
     assert on_host
@@ -90,7 +91,7 @@ def test_a_run_that_goes_on_has_its_embeddings_where_it_fits(on_a_gpu: Callable[
     assert sizing.going_on(*on_a_gpu(4.75, "trainer.fit=false"), into=2) == Size(2, False)
 
 
-def test_a_run_that_trains_nothing_is_not_refused_for_its_training(on_a_gpu: Callable[..., list[Any]]) -> None:
+def test_a_run_that_trains_nothing_is_not_refused_for_its_training(on_a_gpu: OnGpu) -> None:
     with pytest.raises(ConfigError, match="in the smallest parts"):
         sizing.choose(*on_a_gpu(3))
     assert sizing.choose(*on_a_gpu(3, "trainer.max_steps=0")) == (1, False, "")
