@@ -131,6 +131,7 @@ def _shortened(config: TrainConfig) -> TrainConfig:
     trainer = replace(
         config.trainer,
         devices=1,
+        fit=False,  # all three count the same micro-steps
         max_steps=STEPS,
         max_epochs=-1 if epochs > 0 else epochs,
         checkpoint_every_n_steps=SAVE,

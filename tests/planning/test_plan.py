@@ -123,6 +123,31 @@ def test_the_rate_on_an_h200_is_the_measured_one(case: str, tokens: int, again: 
     assert rate(job, sizes, CARDS["h200_141gb"]) == pytest.approx(measured, rel=0.1)
 
 
+def test_two_cards_take_half_the_time_of_an_epoch_and_as_much_of_each() -> None:
+    one = planned("model=mistral_qlora", "data=healthcare_qa", card="h200_141gb")
+    two = planned("model=mistral_qlora", "data=healthcare_qa", "trainer.devices=2", card="h200_141gb")
+    assert one.pace.epoch is not None and two.pace.epoch == pytest.approx(one.pace.epoch / 2)
+    assert two.pace.joules == pytest.approx(one.pace.joules) and two.fit.peak == one.fit.peak
+    steps = [planned("data=ag_news", "trainer.max_steps=7", f"trainer.devices={n}", card="t4_16gb").pace.whole for n in (1, 2)]
+    assert steps[0] == pytest.approx(steps[1])
+
+
+def test_fp8_is_faster_where_there_is_any(lorica: Lorica) -> None:
+    wanted = ("model=mistral_qlora", "data=healthcare_qa")
+    plain, fp8 = (planned(*wanted, f"trainer.fp8={on}", card="h200_141gb").pace.tokens for on in ("false", "true"))
+    assert fp8 > plain
+    code, printed = lorica("plan", *wanted, "trainer.fp8=true", "gpu=a100_80gb")
+    assert code == 2 and "no products in FP8" in printed
+
+
+def test_the_phase_that_decides_is_named(lorica: Lorica) -> None:
+    code, printed = lorica("plan", "model=mistral_lora", "data=sentiment", "gpu=rtx3070_8gb", "--json")
+    said = json.loads(printed)
+    assert code == 1 and said["needed_bytes"] > said["usable_bytes"]
+    _, printed = lorica("plan", "model=mistral_qlora", "data=sentiment", "gpu=rtx3070_8gb")
+    assert "(train, with 2% for pieces)" in printed
+
+
 def test_the_order_of_cards_by_speed_is_that_of_their_makers() -> None:
     seconds = [
         planned("model=mistral_qlora", "data=healthcare_qa", card=card).pace.epoch

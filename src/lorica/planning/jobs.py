@@ -44,7 +44,14 @@ def batches(config: TrainConfig, lengths: Lengths | None, flat: bool) -> Batches
     if lengths is None or not len(lengths.prompts):
         size = t.tokens_per_batch or (t.batch_size or 1) * most
         rows = t.batch_size or max(1, size // most)
-        return Batches(size, size / rows, rows, round(ASSUMED_LEARNT * size), t.max_steps if t.max_steps > 0 else None, most)
+        return Batches(
+            size,
+            size / rows,
+            rows,
+            round(ASSUMED_LEARNT * size),
+            t.max_steps * t.accumulate_grad_batches if t.max_steps > 0 else None,
+            most,
+        )
     tokens, learnt = lengths.cut(most)
     longest, mean = int(tokens.max()), float(tokens.mean())
     in_all = mean * lengths.rows
@@ -114,3 +121,10 @@ def job_of(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | Non
         ),
         sizes,
     )
+
+
+def cards_used(config: TrainConfig) -> int:
+    """GPUs that a run trains on, as far as its configuration says."""
+    devices = config.trainer.devices
+    of_machine = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) and devices > 0 else 1
+    return of_machine * config.trainer.num_nodes

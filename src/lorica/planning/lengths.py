@@ -21,7 +21,7 @@ from lorica.data.registry import build_rows
 from lorica.data.rows import BadRow
 
 LETTERS = 4.2  # to a token of English, where there is no tokenizer
-LARGE = 32 << 20  # bytes of a file of which only the first rows are read
+LARGE = 4 << 20  # bytes of a file of which only the first rows are read
 UNCUT = 1 << 30
 
 

@@ -212,10 +212,17 @@ PHASES = {"load": load, "train": train, "evaluate": evaluate, "save": save, "mer
 
 @dataclass(frozen=True)
 class Fit:
-    """How a job runs on a card. peak: bytes in training. fits: whether that is within its memory."""
+    """How a job runs on a card.
+
+    Attributes:
+        peak: bytes in training. most: of the phase of a run that takes most, with the allocator's pieces. phase: its name. fits: whether
+            that is within the card's memory.
+    """
 
     job: Job
     peak: float
+    most: float
+    phase: str
     fits: bool
 
 
@@ -251,8 +258,10 @@ def settle(job: Job, card: Card, asked: bool | int | str | None, resident: bool 
 
 
 def _fit(job: Job, card: Card) -> Fit:
-    peak = max(total(PHASES[phase](job, card)) for phase in ("load", "train", "evaluate", "save"))
-    return Fit(job, total(train(job, card)), peak * (1 + PIECES) <= card.usable)
+    peaks = {phase: total(PHASES[phase](job, card)) for phase in ("train", "load", "evaluate", "save")}
+    phase = max(peaks, key=peaks.__getitem__)
+    most = peaks[phase] * (1 + PIECES)
+    return Fit(job, peaks["train"], most, phase, most <= card.usable)
 
 
 def layers_line(job: Job) -> str:

@@ -25,12 +25,13 @@ ENCODERS = ((2.8e12, 0.322), (1.1e13, 0.371), (1.67e13, 0.424))
 NOT_COMPILED = 0.45  # of a compiled run's rate (docs/experiments.md: 4,096 tokens, every layer computed again)
 PASSED = 0.8  # of the bandwidth, when weights are made plain
 DEQUANTISED = 2.53  # bytes read and written for each
+FP8 = 1.47  # times the rate of products in bf16, 16,384 tokens of a 7B
 WORKING = 0.95  # of its limit that a card draws in training: 0.87 to 0.99
 
 
 @dataclass(frozen=True)
 class Pace:
-    """tokens: a second. epoch, whole: seconds of an epoch, and of the run; None where that is not known. joules: of the run."""
+    """tokens: a second, of all cards. epoch, whole: seconds of an epoch, and of the run; None where that is unknown. joules: of the run."""
 
     tokens: float
     epoch: float | None
@@ -39,15 +40,15 @@ class Pace:
     measured: bool
 
 
-def pace(job: Job, sizes: Batches, card: Card, epoch: float | None, whole: float | None) -> Pace:
-    """How fast a job runs on a card.
+def pace(job: Job, sizes: Batches, card: Card, count: int, epoch: float | None, whole: float | None) -> Pace:
+    """How fast a job runs on so many cards of a kind.
 
     Args:
         epoch, whole: tokens of an epoch, and of the run, without padding; None where that is not known.
     """
-    tokens = rate(job, sizes, card)
+    tokens = count * rate(job, sizes, card)
     seconds = None if whole is None else whole / tokens
-    joules = None if seconds is None else seconds * card.watts * WORKING
+    joules = None if seconds is None else seconds * count * card.watts * WORKING
     return Pace(tokens, None if epoch is None else epoch / tokens, seconds, joules, card.name.startswith(MEASURED_ON[:4]))
 
 
@@ -55,7 +56,8 @@ def rate(job: Job, sizes: Batches, card: Card) -> float:
     """Tokens a second, padding not counted."""
     of_batch = flops(job) * job.tokens
     share = _between(DECODERS if job.shape.decoder else ENCODERS, of_batch * 989 / card.teraflops)  # what keeps an H200 as long
-    seconds = of_batch / (card.teraflops * 1e12 * REACHED * share * (1.0 if job.way.compiled else NOT_COMPILED))
+    way = (1.0 if job.way.compiled else NOT_COMPILED) * (FP8 if job.fp8 else 1.0)
+    seconds = of_batch / (card.teraflops * 1e12 * REACHED * share * way)
     if job.four_bit and (job.frozen or not job.resident):
         again = 0 if job.resident else 2 * job.learning + job.recomputed
         passes = (job.frozen + again) / max(1, job.shape.layers)

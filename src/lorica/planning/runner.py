@@ -10,13 +10,14 @@ from lorica.checks import check_layers
 from lorica.config import ClassificationDataConfig, ConfigError, PlanConfig, TrainConfig
 from lorica.planning import cards, changes, memory, parts
 from lorica.planning.cards import GIB, Card
-from lorica.planning.jobs import Batches, job_of
+from lorica.planning.jobs import Batches, cards_used, job_of
 from lorica.planning.lengths import Lengths, look
 from lorica.planning.pace import Pace, pace
 from lorica.planning.shapes import Shape, find_shape, targets
 from lorica.screen import Screen, duration, short
 
 PHASES = ("load", "train", "evaluate", "save", "merge", "predict")
+FP8_CAPABILITY = 8.9  # hardware.check_fp8
 LEAST = 0.005  # GiB that a cell shows
 
 
@@ -36,7 +37,7 @@ class Plan:
 def make(config: TrainConfig, card: Card, shape: Shape, lengths: Lengths | None) -> Plan:
     """The plan of a run on a card: of the fastest way that fits, or, where none does, of the one that takes least."""
     chosen = parts.fastest(config, shape, card, lengths) or parts.smallest(config, shape, card, lengths)
-    took = pace(chosen.fit.job, chosen.sizes, card, *_tokens(config, job_of(config, shape, card, lengths)[1], lengths))
+    took = pace(chosen.fit.job, chosen.sizes, card, cards_used(config), *_tokens(config, job_of(config, shape, card, lengths)[1], lengths))
     return Plan(shape, card, lengths, chosen.size, chosen.fit, chosen.sizes, took)
 
 
@@ -46,7 +47,7 @@ def _tokens(config: TrainConfig, asked: Batches, lengths: Lengths | None) -> tup
     epoch = lengths.rows * asked.mean if lengths is not None else None
     ends = [epoch * t.max_epochs] if epoch is not None and t.max_epochs > 0 else []
     if t.max_steps >= 0:
-        ends.append(t.max_steps * t.accumulate_grad_batches * asked.rows * asked.mean)
+        ends.append(t.max_steps * t.accumulate_grad_batches * cards_used(config) * asked.rows * asked.mean)
     return epoch, min(ends, default=None)
 
 
@@ -77,6 +78,8 @@ def run(config: PlanConfig, train: TrainConfig, as_numbers: bool = False) -> int
             f"model.max_length={shape.positions}",
         )
     check_layers(train.model, shape.layers)
+    if train.trainer.fp8 and card.capability < FP8_CAPABILITY:
+        raise ConfigError("trainer.fp8", True, f"{card.name} has no products in FP8 (Ada, Hopper and Blackwell have)", "trainer.fp8=false")
     plan = make(train, card, shape, lengths)
     found = None if plan.fit.fits else proposals(train, card, shape, lengths)
     if as_numbers:
@@ -121,6 +124,7 @@ def as_json(plan: Plan, found: list[Proposal] | None) -> dict[str, Any]:
     return {
         "fits": plan.fit.fits,
         "peak_bytes": round(plan.fit.peak),
+        "needed_bytes": round(plan.fit.most),
         "usable_bytes": plan.card.usable,
         "card": asdict(plan.card),
         "model": {"weights": plan.shape.weights, "trained": job.trained, "exact": plan.shape.exact},
@@ -153,8 +157,8 @@ def _show(plan: Plan, train: TrainConfig, config: PlanConfig, found: list[Propos
     screen, card = Screen(), plan.card
     screen.facts(f"lorica plan: {train.data.name} with {train.model.name}", _facts(plan, train, config))
     screen.print(_table(plan))
-    verdict = f"peak {plan.fit.peak / GIB:.2f} GiB in training, {card.usable / GIB:.2f} GiB usable on {card.name}"
-    screen.print(f"{'fits' if plan.fit.fits else 'does NOT fit'}: {verdict}")
+    needed = f"peak {plan.fit.most / GIB:.2f} GiB ({plan.fit.phase}, with {memory.PIECES:.0%} for pieces)"
+    screen.print(f"{'fits' if plan.fit.fits else 'does NOT fit'}: {needed}, {card.usable / GIB:.2f} GiB usable on {card.name}")
     if found is None:
         return
     if not found:
@@ -193,10 +197,11 @@ def _facts(plan: Plan, train: TrainConfig, config: PlanConfig) -> list[tuple[str
         told = parts.told(plan.size, train, card)
         rows.append(("fitted", told if plan.fit.fits else f"at the least: {told.partition(', ')[2]}"))
     rows.append(("layers", memory.layers_line(job)))
+    count = f"{cards_used(train)} x " if cards_used(train) > 1 else ""
     rows.append(
         (
             "card",
-            f"{card.name}: {card.memory / GIB:.2f} GiB, {card.usable / GIB:.2f} usable beside CUDA's own"
+            f"{count}{card.name}: {card.memory / GIB:.2f} GiB, {card.usable / GIB:.2f} usable beside CUDA's own"
             + (f" and {card.busy / GIB:.2f} in use" if card.busy else ""),
         )
     )
