@@ -143,5 +143,5 @@ def test_a_layer_keeps_what_the_formula_says(case: str, compiled: bool) -> None:
     kind, adapted = CASES[case]
     found, shape = traced(kind, adapted, compiled)
     chosen = targets(shape, adapted) if adapted is not None else ()
-    way = Way(chosen, adapted is None, RANK, 0.0, 2, compiled, True)
+    way = Way(chosen, adapted is None, RANK, 2, compiled, True)
     assert kept(shape, way).a_token == pytest.approx(found, rel=0.02)

@@ -76,9 +76,7 @@ def hub_cache(needed: bool) -> Finding:
     folder = Path(constants.HF_HUB_CACHE)
     elsewhere = "HF_HOME=<a folder with room>"
     try:
-        with _made(folder):
-            _touch(folder)
-            free = durable.free_bytes(folder)
+        free = _room(folder)
     except OSError as e:
         return warn(f"{folder} can't be written ({e.strerror or e}): nothing can be downloaded", elsewhere)
     text = f"{folder}, {free / GB:,.1f} GB free"
@@ -92,15 +90,24 @@ def own_cache() -> Finding:
     folder = caches.folder("")
     elsewhere = "LORICA_CACHE=<a folder with room>"
     try:
-        with _made(folder):
-            _touch(folder)
-            free = durable.free_bytes(folder)
+        free = _room(folder)
     except OSError as e:
         return warn(f"{folder} can't be written ({e.strerror or e}): each run tokenises and compiles again", elsewhere)
     text = f"{folder}, {free / GB:,.1f} GB free"
     if free < LEAST_CACHE:
         return warn(f"{text}: token ids of large data sets may not fit", f"rm -r {folder}  (all of it may go), or {elsewhere}")
     return ok(text)
+
+
+def _room(folder: Path) -> int:
+    """Free bytes where a folder is or would be, which can be written.
+
+    Raises:
+        OSError: it can't.
+    """
+    with _made(folder):
+        _touch(folder)
+        return durable.free_bytes(folder)
 
 
 def _touch(folder: Path) -> None:

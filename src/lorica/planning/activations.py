@@ -16,14 +16,13 @@ class Way:
     """How layers run.
 
     Attributes:
-        adapted: linears with adapters; empty where every weight is trained (`full`). r: rank. dropout: of the adapters' input.
+        adapted: linears with adapters; empty where every weight is trained (`full`). r: rank.
         b: bytes of a number in products. compiled: else each operation runs by itself. flat: sequences end to end, else padded.
     """
 
     adapted: tuple[Linear, ...]
     full: bool
     r: int
-    dropout: float
     b: int
     compiled: bool
     flat: bool

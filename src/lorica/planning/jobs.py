@@ -89,7 +89,7 @@ def job_of(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | Non
     head = lora is not None and shape.decoder and targets_head(lora.target_modules)
     four_bit = model.quantization is not None and model.quantization.load_in_4bit
     learning = trained_layers(model, shape.layers)
-    trained, beside = shape.weights, 0
+    trained = shape.weights
     if learning < shape.layers:  # and what comes after the layers
         trained = learning * shape.of_layer + shape.rest + shape.head
     if lora is not None:
@@ -98,7 +98,7 @@ def job_of(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | Non
         whole = {"lm_head": shape.vocabulary * shape.hidden, "embed_tokens": shape.embeddings}
         beside += sum(whole.get(name.rpartition(".")[2], 0) for name in lora.modules_to_save or [])
         trained = learning * each + beside + (lora.r * (shape.vocabulary + shape.hidden) if head else 0)
-    way = Way(adapted, lora is None, lora.r if lora else 0, lora.lora_dropout if lora else 0.0, b, bool(compiled), flat)
+    way = Way(adapted, lora is None, lora.r if lora else 0, b, bool(compiled), flat)
     evaluated = EVALUATED * max(t.tokens_per_batch or 0, min((t.batch_size or 1) * sizes.longest, 4096), LEAST_EVALUATED)
     return (
         Job(
@@ -107,8 +107,6 @@ def job_of(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | Non
             four_bit=bool(four_bit),
             double=bool(four_bit and model.quantization is not None and model.quantization.bnb_4bit_use_double_quant),
             trained=trained,
-            beside=beside,
-            head_adapted=head,
             optimizer=str(config.optimizer.name),
             tokens=sizes.tokens,
             rows=sizes.rows,

@@ -10,21 +10,16 @@ from lorica.hub import TINY
 def _decoder(
     kind: str, hidden: int, inner: int, layers: int, heads: int, keys: int, vocabulary: int, positions: int, **more: Any
 ) -> dict[str, Any]:
-    return {
-        "model_type": kind,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": keys,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": positions,
-        "tie_word_embeddings": False,
-        **more,
-    }
+    own = {"num_key_value_heads": keys, "tie_word_embeddings": False}
+    return {**_common(kind, hidden, inner, layers, heads, vocabulary, positions), **own, **more}
 
 
 def _encoder(kind: str, hidden: int, inner: int, layers: int, heads: int, vocabulary: int, positions: int, types: int) -> dict[str, Any]:
+    own = {"type_vocab_size": types, "pad_token_id": 0 if kind == "bert" else 1}
+    return {**_common(kind, hidden, inner, layers, heads, vocabulary, positions), **own}
+
+
+def _common(kind: str, hidden: int, inner: int, layers: int, heads: int, vocabulary: int, positions: int) -> dict[str, Any]:
     return {
         "model_type": kind,
         "hidden_size": hidden,
@@ -33,8 +28,6 @@ def _encoder(kind: str, hidden: int, inner: int, layers: int, heads: int, vocabu
         "num_attention_heads": heads,
         "vocab_size": vocabulary,
         "max_position_embeddings": positions,
-        "type_vocab_size": types,
-        "pad_token_id": 0 if kind == "bert" else 1,
     }
 
 

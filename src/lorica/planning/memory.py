@@ -26,8 +26,7 @@ class Job:
     """What decides a run's memory.
 
     Attributes:
-        four_bit, double: the linears in NF4, its scales quantised too. trained: weights under training, adapters or all. beside: of these
-            those that stand beside a frozen copy (a classifier's head with adapters). head_adapted: the output head has an adapter.
+        four_bit, double: the linears in NF4, its scales quantised too. trained: weights under training, adapters or all.
         tokens: of the largest micro-batch, padding included. rows: sequences in it. targets: places of it that are learnt.
         evaluated: tokens of the largest evaluation batch. recomputed: layers computed again in backward. offload: their inputs in host
             memory meanwhile. resident: 4-bit weights kept plain as well. host_embeddings: the input embeddings in host memory.
@@ -39,8 +38,6 @@ class Job:
     four_bit: bool
     double: bool
     trained: int
-    beside: int
-    head_adapted: bool
     optimizer: str
     tokens: int
     rows: int
@@ -151,11 +148,16 @@ def train(job: Job, card: Card) -> Parts:
     }
 
 
+def largest_plain(job: Job) -> float:
+    """Bytes of a layer's largest matrix in the arithmetic's type."""
+    return float(job.way.b * max(one.weights for one in job.shape.linears))
+
+
 def dequantised(job: Job) -> Parts:
     """A 4-bit weight made plain for one product."""
     if not job.four_bit or (job.resident and not job.frozen):
         return {}
-    return {"a dequantised weight": float(job.way.b * max(one.weights for one in job.shape.linears))}
+    return {"a dequantised weight": largest_plain(job)}
 
 
 def forward(job: Job, tokens: int) -> float:
@@ -180,7 +182,7 @@ def load(job: Job, card: Card) -> Parts:
     """Reading the weights: each is on the card as it is in its file, and then in 4 bits."""
     if not job.four_bit:
         return weights(job)
-    return {**weights(job), "a weight before it is quantised": float(job.way.b * max(one.weights for one in job.shape.linears))}
+    return {**weights(job), "a weight before it is quantised": largest_plain(job)}
 
 
 def save(job: Job, card: Card) -> Parts:

@@ -16,7 +16,6 @@ from lorica.planning.pace import Pace, pace
 from lorica.planning.shapes import Shape, find_shape, targets
 from lorica.screen import Screen, duration, short
 
-PHASES = ("load", "train", "evaluate", "save", "merge", "predict")
 FP8_CAPABILITY = 8.9  # hardware.check_fp8
 LEAST = 0.005  # GiB that a cell shows
 
@@ -115,7 +114,7 @@ def proposals(train: TrainConfig, card: Card, shape: Shape, lengths: Lengths | N
 
 def by_phase(plan: Plan) -> dict[str, memory.Parts]:
     """Bytes of each phase, by what they are."""
-    return {name: memory.PHASES[name](plan.fit.job, plan.card) for name in PHASES}
+    return {name: of_phase(plan.fit.job, plan.card) for name, of_phase in memory.PHASES.items()}
 
 
 def as_json(plan: Plan, found: list[Proposal] | None) -> dict[str, Any]:

@@ -23,7 +23,6 @@ FUSED = ("phi3",)
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert")
 MOST_LAYERS = 1000
 MOST = 1 << 24  # of every other number of a config.json
-ROLES = ("queries", "mixed", "widening", "narrowing")
 # What PEFT gives adapters to where model.lora.target_modules is null.
 DEFAULT_TARGETS = {"phi3": ("qkv_proj",), "qwen3": ("q_proj", "v_proj")}
 
