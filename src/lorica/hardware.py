@@ -207,9 +207,13 @@ def forget() -> None:
         torch.cuda.empty_cache()
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak of what was allocated on the GPU since `reset_peak_memory`; on a CPU the process's largest resident size."""
+def peak_memory_gib(device: torch.device, captured: int = 0) -> float:
+    """Peak of what was allocated on the GPU since `reset_peak_memory`; on a CPU the process's largest resident size.
+
+    Args:
+        captured: bytes that captured steps had in use at most, which the allocator does not see.
+    """
     if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device)) / 2**30
+        return float(max(torch.cuda.max_memory_allocated(device), captured)) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -271,7 +271,7 @@ def _train(run: Run) -> int:
     figures |= figures_of_test
     figures["train/skipped_steps"] = float(module.skipping.skipped)
     figures["model/trainable"], figures["model/weights"] = map(float, adapters.count(loaded.model))
-    figures["memory/peak_gib"] = hardware.peak_memory_gib(machine.device)
+    figures["memory/peak_gib"] = hardware.peak_memory_gib(machine.device, module.captured_peak)
     if (reserved := hardware.reserved_memory_gib(machine.device)) is not None:
         figures["memory/reserved_gib"] = reserved
     figures |= predicted

@@ -360,3 +360,41 @@ main("train", sys.argv[2:])
     assert peaks[0.7]["memory/peak_gib"] < 0.7 < peaks[16]["memory/peak_gib"]
     assert losses[0.7] == pytest.approx(losses[16], rel=1e-3)
     assert all("memory/predicted_gib" in figures and "GiB expected at the peak" in printed[gib] for gib, figures in peaks.items())
+
+
+def test_weights_that_lie_end_to_end_are_saved_without_a_copy_on_the_gpu(tmp_path: Path) -> None:
+    from lorica.models.optimizers import end_to_end
+    from lorica.models.weights import in_host_memory
+
+    model: Any = _mistral("eager").float()
+    whole = end_to_end(list(model.parameters()))  # they share its memory
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model.save_pretrained(tmp_path, state_dict=in_host_memory(model))
+    assert torch.cuda.max_memory_allocated() - before < 1 << 16 < sum(p.nbytes for p in whole)
+    assert all(
+        torch.equal(value, dict(model.state_dict())[name].cpu())
+        for name, value in type(model).from_pretrained(tmp_path).state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_frozen_4bit_layer_gives_what_bitsandbytes_gives(bias: bool) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    from lorica.kernels import frozen
+
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(256, 512, bias=bias)
+    ran = []
+    for fast in (False, True):
+        own = torch.nn.Sequential(Linear4bit(256, 512, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4"))
+        own[0].load_state_dict(layer.state_dict())
+        own = own.to("cuda").requires_grad_(False).train()
+        assert not fast or frozen.install(own) == 1
+        x = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)).to("cuda", torch.bfloat16).requires_grad_()
+        y = own(x)
+        y.float().square().sum().backward()
+        ran.append((y.detach(), x.grad))
+    for plain, ours in zip(*ran, strict=True):
+        assert torch.allclose(plain, ours, rtol=2e-2, atol=2e-2 * float(plain.abs().max()))

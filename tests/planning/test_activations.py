@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,12 +13,14 @@ from functorch.compile import aot_function, min_cut_rematerialization_partition
 from peft import LoraConfig, get_peft_model
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import MistralConfig, MistralForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
 from lorica.config import ModelConfig
 from lorica.kernels import attention, frozen, lora_linear, varlen
 from lorica.kernels.layers import repeated_layers
-from lorica.planning.activations import Way, kept
+from lorica.planning.activations import Way, backward, kept, residual
 from lorica.planning.shapes import Shape, shape_of, targets
 
 TOKENS, RANK = 1000, 8  # no size of a model is 1,000
@@ -32,6 +35,9 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     attention.register()
     monkeypatch.setattr(varlen, "covers", lambda *_: True)
     native = torch.ops.aten.native_dropout  # whose mask has a byte for each number
+    plain = torch.nn.functional.layer_norm  # autocast's for CUDA computes norms in fp32, that for CPUs does not
+    as_fp32 = lambda x, shape, weight, bias, eps: plain(x.float(), shape, weight.float(), bias.float(), eps)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", as_fp32)
     monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p, training=True, inplace=False: native(x, p, training)[0])
     monkeypatch.setattr(frozen, "_product", lambda x, w, down, up: x @ w if down is None else frozen._product_on(x, w, down, up))
 
@@ -82,8 +88,7 @@ def traced(kind: str, adapted: list[str] | None, compiled: bool) -> tuple[float,
         model = model.to_empty(device="cpu")
         for name, p in model.named_parameters():
             p.requires_grad_(adapted is None or "lora_" in name)
-        leaf = torch.empty(1, TOKENS, shape.hidden, dtype=torch.float32 if adapted is None else torch.bfloat16, requires_grad=True)
-        hidden = leaf * 1  # no leaf, of which autocast would keep one copy for all
+        hidden = _input(kind, adapted, shape)
         run, arguments = calls(kind, model, hidden)
         with torch.autocast("cpu", torch.bfloat16):
             if not compiled:
@@ -95,6 +100,12 @@ def traced(kind: str, adapted: list[str] | None, compiled: bool) -> tuple[float,
                 *arguments
             )
     return _saved(graphs["forward"], hidden) / TOKENS, shape
+
+
+def _input(kind: str, adapted: list[str] | None, shape: Shape) -> torch.Tensor:
+    """What the layer before hands on."""
+    dtype = torch.float32 if adapted is None or kind == "roberta" else torch.bfloat16
+    return torch.empty(1, TOKENS, shape.hidden, dtype=dtype, requires_grad=True) * 1  # no leaf, of which autocast would keep one copy
 
 
 def _eager(run: Any, arguments: tuple[Any, ...]) -> int:
@@ -145,3 +156,56 @@ def test_a_layer_keeps_what_the_formula_says(case: str, compiled: bool) -> None:
     chosen = targets(shape, adapted) if adapted is not None else ()
     way = Way(chosen, adapted is None, RANK, 2, compiled, True)
     assert kept(shape, way).a_token == pytest.approx(found, rel=0.02)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive, of what is made while it is on and has the batch's tokens in it.
+
+    Attributes:
+        most: the largest sum since it was last set.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.most = 0
+
+    def _ended(self, key: int) -> None:
+        self.sizes.pop(key)
+
+    def _begun(self, x: torch.Tensor) -> None:
+        storage = x.untyped_storage()
+        if (key := storage._cdata) not in self.sizes:
+            self.sizes[key] = storage.nbytes() if TOKENS in x.shape else 0
+            weakref.finalize(storage, self._ended, key)
+            self.most = max(self.most, sum(self.sizes.values()))
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = call(*args, **(kwargs or {}))
+        torch.utils._pytree.tree_map_only(torch.Tensor, self._begun, out)
+        return out
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["computed again", "kept"])
+@pytest.mark.parametrize("case", CASES)
+def test_backward_takes_what_the_formula_says(case: str, again: bool) -> None:
+    kind, adapted = CASES[case]
+    model, shape = build(kind, adapted)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model.to_empty(device="cpu")
+        for name, p in model.named_parameters():
+            p.requires_grad_(adapted is None or "lora_" in name)
+        hidden = _input(kind, adapted, shape)
+        run, arguments = calls(kind, model, hidden)
+        live = Live()
+        live.sizes[hidden.untyped_storage()._cdata] = 0
+        with live:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = checkpoint(run, *arguments, use_reentrant=False) if again else run(*arguments)
+            out = out[0] if isinstance(out, tuple) else out
+            live.most = 0
+            torch.autograd.backward(out, torch.empty_like(out))
+    way = Way(targets(shape, adapted) if adapted is not None else (), adapted is None, RANK, 2, False, True)
+    ends = 2 * residual(shape, way) * shape.hidden  # the layer's result, and its gradient
+    beside = 0.0 if again else kept(shape, way).a_token
+    assert ends + beside + backward(shape, way, again).a_token == pytest.approx(live.most / TOKENS, rel=0.05)

@@ -10,6 +10,7 @@ is written, which saves a pass over the result.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -166,6 +167,62 @@ def prepare(base: Any, dtype: torch.dtype, fp8: bool, resident: bool) -> None:
             base.lorica_e4m3 = _rounded(w, scales[0]), _rounded(w.t(), scales[1])
     elif resident and getattr(base.weight, "quant_state", None) is not None:
         base.lorica_plain = w
+
+
+class _Frozen(torch.autograd.Function):
+    """x [tokens, in] in the compute type -> x W^T + b [tokens, out] of a frozen 4-bit layer, of which nothing is kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, base: Any, kept: Kept, *parts: torch.Tensor) -> torch.Tensor:
+        y = product(x, base, kept, parts, None, None)
+        if base.bias is not None:
+            y = y + base.bias.to(y.dtype)
+        ctx.save_for_backward(*parts)
+        ctx.base, ctx.kept, ctx.count = base, kept, len(parts)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dx = back_product(grads[0], ctx.base, ctx.kept, ctx.saved_tensors, None, None) if ctx.needs_input_grad[0] else None
+        return dx, *(None for _ in range(2 + ctx.count))
+
+
+class _Forward:
+    """In training, the products above; bitsandbytes' own forward hands its result on in the input's type, which autocast made fp32."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
+            plain: torch.Tensor = super().forward(x)  # type: ignore[misc]
+            return plain
+        kept, parts = tensors(self)
+        y: torch.Tensor = _Frozen.apply(flat(x), self, kept, *parts)
+        return y.view(*x.shape[:-1], -1)
+
+
+def flat(x: torch.Tensor) -> torch.Tensor:
+    """`x` as [tokens, size], in the compute type."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return x.reshape(-1, x.shape[-1]).to(dtype)
+
+
+@functools.cache
+def _class(kind: type) -> type:
+    return type(kind.__name__, (_Forward, kind), {})
+
+
+def install(model: nn.Module) -> int:
+    """Give every 4-bit linear layer that is no adapter's base this forward, by class; return how many there are."""
+    try:
+        from bitsandbytes.nn import Linear4bit
+    except ImportError:  # no 4-bit layers either
+        return 0
+    own = _class(Linear4bit)
+    under = {id(base) for base in _bases(model)}
+    found = [m for m in model.modules() if type(m) is Linear4bit and id(m) not in under]
+    for module in found:
+        module.__class__ = own
+    return len(found)
 
 
 def release(model: nn.Module) -> None:

@@ -105,15 +105,12 @@ class _Forward:
         if not covered:
             out: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return out
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         drop = self.lora_dropout[name]
         p = drop.p if isinstance(drop, nn.Dropout | dropout.Seeded) and self.training else 0.0
         seed, start = (drop.seed, drop.start) if isinstance(drop, dropout.Seeded) and p > 0 else (None, 0)
-        flat = x.reshape(-1, x.shape[-1]).to(dtype)
         kept, parts = frozen.tensors(base)
         y: torch.Tensor = _LoRALinear.apply(
-            flat, self.lora_A[name].weight, self.lora_B[name].weight, seed, start, base, self.scaling[name], p, kept, *parts
+            frozen.flat(x), self.lora_A[name].weight, self.lora_B[name].weight, seed, start, base, self.scaling[name], p, kept, *parts
         )
         return y.view(*x.shape[:-1], -1)
 

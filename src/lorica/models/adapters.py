@@ -12,7 +12,7 @@ from torch import nn
 from lorica.beside_weights import read_adapter
 from lorica.checks import nearest
 from lorica.config import ConfigError, LoraSettings
-from lorica.kernels import lora_linear
+from lorica.kernels import frozen, lora_linear
 from lorica.models.freezing import Last
 
 
@@ -86,10 +86,14 @@ def count(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def save(model: Any, folder: Path) -> None:
-    """Write the adapter in PEFT's own format (safetensors) into an empty folder; resized embeddings go with it."""
+def save(model: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
+    """Write the adapter in PEFT's own format (safetensors) into an empty folder; resized embeddings go with it.
+
+    Args:
+        state: the model's, of which the adapter's is taken; None: as it lies.
+    """
     resized = bool(getattr(model.config, "lorica_resized", False))
-    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=resized)
+    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=resized, state_dict=state)
     file = folder / "adapter_config.json"
     written = json.loads(file.read_text("utf-8"))
     if isinstance(written.get("target_modules"), list):  # PEFT holds a set, whose order is another in each process
@@ -130,6 +134,7 @@ def load(model: Any, folder: Path) -> Any:
 def _fast(model: Any) -> Any:
     """The same modules, with the fast path's forwards."""
     lora_linear.install(model)
+    frozen.install(model)
     return model
 
 

@@ -30,6 +30,7 @@ class CapturedSteps:
         self._steps: dict[int, _Step] = {}
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()  # steps run one after another: they may share their memory
+        self._besides = self._before = 0
 
     @contextmanager
     def stream(self) -> Iterator[None]:
@@ -46,9 +47,16 @@ class CapturedSteps:
             for _ in range(WARM_UP):
                 step.run(self._loss_sum, self._arithmetic)
         torch.cuda.synchronize()
+        self._before = max(self._before, torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
         with torch.cuda.graph(step.graph, pool=self._pool, stream=self._stream):
             step.run(self._loss_sum, self._arithmetic)
+        self._besides = max(self._besides, torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated())
         self._steps[batch["input_ids"].numel()] = step
+
+    def peak(self) -> int:
+        """Bytes that were in use at most so far: the allocator counts what a graph uses while it is captured, not while it is replayed."""
+        return max(self._before, torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated() + self._besides)
 
     def covers(self, batch: dict[str, Any]) -> bool:
         """Whether there is a graph for batches of this size."""

@@ -36,6 +36,7 @@ class LoricaModule(LightningModule):
         self.left_out: torch.Tensor | None = None  # of these, tokens whose loss was no number; on the device
         self.capture: Callable[[], CapturedSteps | None] | None = None  # called when training starts
         self.captured: CapturedSteps | None = None
+        self.captured_peak = 0  # bytes in use at most while steps were captured and replayed
         self.roomy = False  # see `effective_name`
         self.joined = False  # the trained weights lie end to end, and so do their gradients
         self.skipping = SkipSteps()
@@ -153,6 +154,8 @@ class LoricaModule(LightningModule):
 
     def on_train_end(self) -> None:
         """Let go of what only training needs, or the test would find less memory than training had."""
+        if self.captured is not None:
+            self.captured_peak = self.captured.peak()
         self.captured = self.capture = None
         self.trainer.strategy.optimizers, self.trainer.strategy.lr_scheduler_configs = [], []
         for p in self.parameters():

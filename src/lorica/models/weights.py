@@ -56,15 +56,31 @@ def save(
     size = sum(p.nbytes for p in model.parameters() if p.requires_grad or config.model.lora is None)
     with replaced_folder(folder, size) as new:
         if config.model.lora is not None:
-            adapters.save(model, new)
+            adapters.save(model, new, in_host_memory(model))
         else:
-            model.save_pretrained(new)
+            model.save_pretrained(new, state_dict=in_host_memory(model))
         tokenizer.save_pretrained(new)
         write_json(new / TASK_FILE, task)
         token_contract.write(new, token_contract.made(task, tokenizer))
         if calibration is not None:
             write_calibration(new, calibration)
         (new / FOR_PEOPLE).unlink(missing_ok=True)  # PEFT's, of empty sections; ours is written when the figures are known
+
+
+def in_host_memory(model: Any) -> dict[str, Any]:
+    """A model's state with its trained weights in host memory; tied ones stay one.
+
+    They lie end to end on a GPU, and both libraries' `save_pretrained` would first copy there whatever shares its memory.
+    """
+    trained = {p.data_ptr() for p in model.parameters() if p.requires_grad}
+    copies: dict[int, torch.Tensor] = {}
+    state = model.state_dict()
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and (at := value.data_ptr()) in trained:
+            if at not in copies:
+                copies[at] = value.cpu()
+            state[name] = copies[at].view_as(value)
+    return dict(state)
 
 
 def check_finite(model: torch.nn.Module, where: str) -> None:

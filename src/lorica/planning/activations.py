@@ -42,8 +42,9 @@ class Kept:
 
 
 def residual(shape: Shape, way: Way) -> int:
-    """Bytes of a number of what layers hand on: fp32 where fp32 weights are trained under autocast, else the arithmetic's."""
-    return 4 if way.full else way.b
+    """Bytes of a number of what layers hand on: fp32 where fp32 weights are trained under autocast, and where a norm comes last, which
+    CUDA's autocast computes in fp32; else the arithmetic's."""
+    return 4 if way.full or not shape.decoder else way.b
 
 
 def kept(shape: Shape, way: Way) -> Kept:
@@ -76,29 +77,50 @@ def _encoder(shape: Shape, way: Way) -> float:
     h, f, b = shape.hidden, shape.inner, way.b
     attention = b * 3 * h + b * h + 4 * shape.heads
     masks = 2 * h if shape.dropout else 0  # a byte each
+    norms = 4 * 2 * h + (8 if way.compiled else 16)
     narrowing, widening, queries = (way.reads(role) for role in ("narrowing", "widening", "queries"))
     if way.full:
         casts = b * h * (1 if way.compiled else len(_of(shape, "queries")))
-        return attention + casts + b * h + 4 * 2 * h + masks + b * 2 * f + 8
-    inputs = b * h * widening + b * f * narrowing
-    if way.compiled:
-        return b * h + attention + b * 2 * h + masks + b * f + inputs + 8
-    return b * h * queries + attention + b * 2 * h + masks + b * f + inputs + 8
+        return attention + casts + b * h + norms + masks + b * 2 * f
+    # of the fp32 input: one for each linear, by autocast, of which a compiler makes one
+    casts = b * h * (queries if way.compiled else sum(one.role == "queries" for one in way.adapted))
+    return attention + casts + norms + masks + b * f + b * h * widening + b * f * narrowing
 
 
 def _of(shape: Shape, role: str) -> list[Linear]:
     return [one for one in shape.linears if one.role == role]
 
 
-def backward(shape: Shape, way: Way, again: bool) -> Kept:
+@dataclass(frozen=True)
+class Needed:
+    """Bytes that a layer's backward takes. a_token: for each token, at its widest. beside_weight: for each token, at its widest while a
+    4-bit weight is plain. once: whatever the tokens are."""
+
+    a_token: float
+    beside_weight: float
+    once: float
+
+
+def backward(shape: Shape, way: Way, again: bool) -> Needed:
     """What the backward of one layer needs besides what was kept: gradients of its widest part, and, where the layer is computed
     `again`, what it would have kept."""
     h, f, b = shape.hidden, shape.inner, way.b
-    wide = 3 if shape.gated else 2  # of the wide part's result, and of the two that it is a product of
-    grads = b * (wide * f + h) + (0 if way.compiled else 4 * 2 * h)
+    own = kept(shape, way)
     once = 4.0 * shape.of_layer if way.full else 0.0  # gradients of its weights, before they are added
+    freed = b * f * way.reads("narrowing")  # gone when the widest part's turn comes
+    wide = b * f * (3 if shape.gated else 2)  # gradients of the widest part's result and of the two (or the one) that it is made of
+    if not way.compiled:
+        # one operation at a time: the product of a plain weight is over when the widest part's turn comes
+        grads = wide - freed
+        if not shape.decoder and again:
+            grads = max(grads, b * f - freed + 10 * h)  # in the forward: both norms' results, and dropout's
+        product = b * f
+        more = own.a_token if again else 0.0
+        return Needed(more + grads, more + product, once + (own.once if again else 0.0))
+    grads = wide + b * h
     if again:
-        own = kept(shape, way)
-        freed = b * f * way.reads("narrowing")  # gone by then
-        return Kept(own.a_token - (own.input if way.compiled else 0) + grads - freed, once + own.once, 0.0)
-    return Kept(grads, once, 0.0)
+        both = own.a_token - own.input + grads - freed
+        return Needed(both, both, once + own.once)
+    if not shape.decoder:
+        grads = b * f  # written over the other
+    return Needed(grads, grads, once)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lorica.planning.activations import Way, backward, kept, residual
+from lorica.planning.activations import Needed, Way, backward, kept, residual
 from lorica.planning.cards import Card
 from lorica.planning.shapes import Shape
 
@@ -18,6 +18,7 @@ EVALUATION_ELEMENTS = 1 << 23  # kernels.loss
 PREDICTED_ELEMENTS = 1 << 26  # answering
 SPARE, SPARE_BYTES, PLENTY = 0.06, 256 << 20, 2  # models.fitting
 BLOCK, BLOCK2 = 64, 256  # bitsandbytes' NF4: weights to a scale, scales to a scale of theirs
+BACKWARD = "backward of a layer"
 PIECES = 0.02  # share of the peak that the allocator holds besides, in pieces
 
 
@@ -112,38 +113,47 @@ def logits(job: Job) -> float:
 
 
 def ends(job: Job) -> float:
-    """Bytes a run of layers leaves at both of its ends: the last norm's input in fp32 and its result, positions; embeddings' own norm."""
+    """Bytes that the head's moment finds besides the layers': the last norm's input in fp32 and its result, positions."""
     shape, b = job.shape, job.way.b
     if shape.decoder:
         each = (4 * shape.hidden if b < 4 or job.way.full else 0) + b * shape.hidden + 2 * 2 * b * shape.queries // shape.heads
         return float(job.tokens * each)
-    trained = (4 + (1 if shape.dropout else 0)) * shape.hidden if job.way.full else 0
-    return float(job.tokens * (trained + residual(shape, job.way) * shape.hidden))
+    return float(job.tokens * residual(shape, job.way) * shape.hidden)
+
+
+def beginning(job: Job) -> float:
+    """Bytes that trained embeddings keep for backward: an encoder's norm and dropout."""
+    shape = job.shape
+    return float(job.tokens * (4 + (1 if shape.dropout else 0)) * shape.hidden) if job.way.full and not shape.decoder else 0.0
 
 
 def train(job: Job, card: Card) -> Parts:
     """A micro-step's peak, over its moments: the head's gradient with every layer's activations there, the last layer's backward, the
-    backward of the layers that are computed again."""
+    backward of the layers that are computed again; of a backward the widest part, and a product with a weight that is made plain for it."""
     shape, way = job.shape, job.way
     own = kept(shape, way)
     layers, again = job.learning, min(job.recomputed, job.learning)
-    waiting = 0.0 if job.offload else own.input * job.tokens * again
+    waiting = (0.0 if job.offload else own.input * job.tokens * again) + beginning(job)
     whole = (own.a_token * job.tokens + own.once) * (layers - again) + waiting
     passed = residual(shape, way) * shape.hidden * job.tokens  # the gradient between two layers
-    moments = [(whole, ends(job), logits(job))]
+    plain = sum(dequantised(job).values())
+    moments = [("logits", whole + ends(job), logits(job), 0.0)]
+
+    def add(at: float, needed: Needed) -> None:
+        moments.append((BACKWARD, at + passed, needed.a_token * job.tokens + needed.once, plain if way.compiled else 0.0))
+        moments.append((BACKWARD, at + passed, needed.beside_weight * job.tokens + needed.once, plain))
+
     if again < layers:
-        grads = backward(shape, way, again=False)
-        moments.append((whole, passed, grads.a_token * job.tokens + grads.once))
+        add(whole, backward(shape, way, again=False))
     if again:
-        grads = backward(shape, way, again=True)
-        at_last = waiting + (own.input * job.tokens if job.offload else 0.0)
-        moments.append((at_last, passed, grads.a_token * job.tokens + grads.once))
-    kept_at, passed_at, working = max(moments, key=sum)
+        returned = own.input * job.tokens if job.offload and way.compiled else 0.0
+        add(waiting + returned, backward(shape, way, again=True))
+    name, lying, working, weight = max(moments, key=lambda moment: sum(moment[1:]))
     return {
         **stays(job),
-        "activations": kept_at + passed_at,
-        "logits" if working == logits(job) else "backward of a layer": working,
-        **dequantised(job),
+        "activations": lying,
+        name: working,
+        **({"a dequantised weight": weight} if weight else {}),
         "library workspaces": float(card.workspace),
     }
 
