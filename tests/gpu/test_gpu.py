@@ -39,6 +39,18 @@ def _mistral(attn: str, window: int | None = None) -> torch.nn.Module:
     return model
 
 
+def _bert(folder: Path, tiny_mistral: Path) -> Path:
+    """A small encoder of random weights."""
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_mistral)
+    tokenizer.save_pretrained(folder)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id or 0, **shape)
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
 def _rows() -> list[Encoded]:
     generator = torch.Generator().manual_seed(1)
     rows = []
@@ -275,13 +287,13 @@ HALF = {
     "last layers, flat and compiled": ["model=tiny_mistral_qlora", "model.train_layers=last_2", *FLAT],
     "last layers, computed again": ["model=tiny_mistral_qlora", "model.train_layers=last_3", *FLAT, "trainer.gradient_checkpointing=2"],
     "whole": ["model=tiny_mistral_qlora", "model.lora=null", "model.quantization=null", "optimizer.lr=5e-4"],
-    "encoder with biases": ["model=minilm_lora", "model.lora.bias=all"],
-    "whole encoder": ["model=minilm_full", "optimizer.lr=3e-4"],
+    "encoder with biases": ["model=minilm_lora", "model.base={bert}", "model.lora.bias=all"],
+    "whole encoder": ["model=minilm_full", "model.base={bert}", "optimizer.lr=3e-4"],
 }
 
 
 @pytest.mark.parametrize("what", HALF)
-def test_whatever_is_trained_trains_in_fp16_with_a_scaler(what: str, tmp_path: Path) -> None:
+def test_whatever_is_trained_trains_in_fp16_with_a_scaler(what: str, tmp_path: Path, tiny_mistral: Path) -> None:
     """As on a T4: padded, not compiled, gradients unscaled before they are clipped."""
     padded = [] if set(FLAT) <= set(HALF[what]) else ["model.attn_implementation=sdpa"]
     steps = [
@@ -293,8 +305,9 @@ def test_whatever_is_trained_trains_in_fp16_with_a_scaler(what: str, tmp_path: P
         *padded,
     ]
     run = tmp_path / "run"
+    model = [setting.format(bert=_bert(tmp_path / "bert", tiny_mistral)) for setting in HALF[what]]
     with pytest.raises(SystemExit) as end:
-        main("train", ["data=sentiment", *HALF[what], *steps, f"run_dir={run}"])
+        main("train", ["data=sentiment", *model, *steps, f"run_dir={run}"])
     log = (run / "train.log").read_text()
     assert end.value.code == 0, log[-3000:]
     assert "precision 16-mixed" in log and ("varlen" in log) == (not padded)
@@ -306,14 +319,7 @@ def test_whatever_is_trained_trains_in_fp16_with_a_scaler(what: str, tmp_path: P
 
 def test_an_encoder_with_adapters_and_dropout_trains(tiny_mistral: Path, tmp_path: Path) -> None:
     """Its weights are loaded on the host and moved, other than 4-bit ones."""
-    from transformers import AutoTokenizer, BertConfig, BertModel
-
-    base, run = tmp_path / "bert", tmp_path / "run"
-    tokenizer = AutoTokenizer.from_pretrained(tiny_mistral)
-    tokenizer.save_pretrained(base)
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id or 0, **shape)
-    BertModel(config).save_pretrained(base)
+    base, run = _bert(tmp_path / "bert", tiny_mistral), tmp_path / "run"
     steps = ["trainer.max_epochs=1", "trainer.tokens_per_batch=2048", "trainer.compile=true"]
     with pytest.raises(SystemExit) as end:
         main("train", ["model=roberta_lora", f"model.base={base}", "data=ag_news", f"run_dir={run}", *steps])

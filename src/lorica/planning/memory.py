@@ -102,22 +102,29 @@ def stays(job: Job) -> Parts:
 
 def logits(job: Job) -> float:
     """Bytes of the output head's largest moment: a tile's logits in fp32 and two of their size for the gradient; hidden states of the
-    places that are learnt, and their gradients."""
+    places that are learnt, and their gradients. Under training also the head's copy in the arithmetic's type and the sum of the tiles'
+    gradients for it; or, when the logits are gone, that gradient in both types."""
     shape, b = job.shape, job.way.b
     if not shape.decoder:
         return 3 * 4.0 * job.rows * max(job.labels, 1)
     if job.labels and shape.head == job.labels * shape.hidden:  # a causal base with a classifier's head
         return 3 * 4.0 * job.rows * job.labels
-    tile = min(job.targets, max(1, TILE_ELEMENTS // shape.vocabulary))
-    return 12.0 * tile * shape.vocabulary + 2.0 * b * job.targets * shape.hidden
+    places = max(1, TILE_ELEMENTS // shape.vocabulary)
+    hidden = 2.0 * residual(shape, job.way) * job.targets * shape.hidden
+    tile = 12.0 * min(job.targets, places) * shape.vocabulary
+    if not job.way.full or b == 4:
+        return tile + hidden
+    head = shape.vocabulary * shape.hidden
+    return max(tile + b * head * (1 if job.targets <= places else 2), (b + 4.0) * head) + hidden
 
 
 def ends(job: Job) -> float:
-    """Bytes that the head's moment finds besides the layers': the last norm's input in fp32 and its result, positions."""
+    """Bytes that the head's moment finds besides the layers': the last norm's input in fp32 and its result, positions; where every weight
+    is trained also the normed input, all in fp32."""
     shape, b = job.shape, job.way.b
     if shape.decoder:
-        each = (4 * shape.hidden if b < 4 or job.way.full else 0) + b * shape.hidden + 2 * 2 * b * shape.queries // shape.heads
-        return float(job.tokens * each)
+        norm = 3 * 4 * shape.hidden if job.way.full else (4 * shape.hidden if b < 4 else 0) + b * shape.hidden
+        return float(job.tokens * (norm + 2 * 2 * b * shape.queries // shape.heads))
     return float(job.tokens * residual(shape, job.way) * shape.hidden)
 
 
@@ -179,13 +186,15 @@ def forward(job: Job, tokens: int) -> float:
 
 
 def evaluate(job: Job, card: Card) -> Parts:
-    """Validation between steps: gradients and the optimiser's state stay; batches shrink until they take no more than training."""
+    """Validation between steps: gradients and the optimiser's state stay; batches shrink until they take no more than training does.
+    Trained fp32 weights have copies in the arithmetic's type until the forward is over."""
+    shape, b = job.shape, job.way.b
     held = {**stays(job), **dequantised(job), "library workspaces": float(card.workspace)}
     most = max(0.0, total(train(job, card)) - total(held))
-    tile = (
-        12.0 * min(job.evaluated, EVALUATION_ELEMENTS // max(1, job.shape.vocabulary)) * job.shape.vocabulary if job.shape.decoder else 0.0
-    )
-    return {**held, "activations": min(most, forward(job, job.evaluated) + tile)}
+    tile = 12.0 * min(job.evaluated, EVALUATION_ELEMENTS // max(1, shape.vocabulary)) * shape.vocabulary if shape.decoder else 0.0
+    head = shape.vocabulary * shape.hidden if shape.decoder else 0
+    casts = b * (shape.layers * shape.of_layer + head) if job.way.full and b < 4 else 0
+    return {**held, "activations": min(most, forward(job, job.evaluated) + tile + casts)}
 
 
 def load(job: Job, card: Card) -> Parts:
