@@ -62,9 +62,10 @@ format: $(STAMP)  ## sort imports and lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(STAMP)  ## write docs/configuration.md from the schema, and the tables of docs/small-gpus.md from plans
+docs: $(STAMP)  ## write docs/configuration.md from the schema, the tables of docs/small-gpus.md from plans, the plot of measured memory
 	$(BIN)/python -m lorica.configuration_page docs/configuration.md
 	$(BIN)/python tools/small_gpus.py docs/small-gpus.md
+	$(BIN)/python tools/memory_plot.py docs/images/memory.png
 
 clean:  ## remove the environment and caches; outputs stay
 	rm -rf $(VENV) .venv-audit .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -54,6 +54,7 @@ def trained(overrides: list[str], limit: float | None, timeout: float) -> dict[s
         "peak_gib": figures["memory/peak_gib"],
         "reserved_gib": figures["memory/reserved_gib"],
         "predicted_gib": figures.get("memory/predicted_gib"),
+        "notes": [line for line in (folder / "train.log").read_text().splitlines() if "note:" in line or " layers " in line],
         "losses": [float(row["train/loss"]) for row in steps],
         "seconds": time.perf_counter() - began,
     }
@@ -118,7 +119,7 @@ def main() -> None:
 
     def keep(row: dict[str, Any], where: list[dict[str, Any]]) -> None:
         where.append(row)
-        print(json.dumps({k: v for k, v in row.items() if k not in ("losses", "output")}), flush=True)
+        print(json.dumps({k: v for k, v in row.items() if k not in ("losses", "output", "notes")}), flush=True)
         facts = {"tokens": TOKENS, "steps": STEPS, **machine(), "versions": versions()}
         text = {**facts, "cells": table(fitted, by_hand), "loss_spread": loss_spread(fitted), "fitted": fitted, "settings": by_hand}
         options.out.write_text(json.dumps(text, indent=1) + "\n")

@@ -39,9 +39,9 @@ def pictures() -> Iterator[Callable[[Any, Path], None]]:
     """
     from lorica import plots
 
-    paint = plots._save
+    paint = plots.save_figure
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(plots, "_save", _close)
+        m.setattr(plots, "save_figure", _close)
         yield paint
 
 

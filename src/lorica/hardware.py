@@ -200,6 +200,11 @@ def reserved_memory_gib(device: torch.device) -> float | None:
     return float(torch.cuda.max_memory_reserved(device)) / 2**30 if device.type == "cuda" else None
 
 
+def allocator_retries(device: torch.device) -> int:
+    """How often torch had to give back free pieces to get another: each time it waits for the GPU."""
+    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0)) if device.type == "cuda" else 0
+
+
 def forget() -> None:
     """Give back what models that are gone have left; Lightning's modules refer to themselves."""
     gc.collect()

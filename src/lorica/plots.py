@@ -10,7 +10,8 @@ PAPER, INK, GRID = "#fbfaf7", "#22272e", "#d9d5cc"
 BLUE, ORANGE, GREEN = "#2f6db3", "#c8641b", "#3b7d4f"
 
 
-def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:
+def new_figure(width: float, height: float, columns: int) -> tuple[Any, Any]:
+    """(a figure of so many inches, its axes in one row), in the style of all."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -26,7 +27,8 @@ def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, file: Path) -> None:
+def save_figure(figure: Any, file: Path) -> None:
+    """Lay a figure out, write it and let go of it."""
     import matplotlib.pyplot as plt
 
     figure.set_dpi(120)
@@ -41,7 +43,7 @@ def draw_curves(metrics: Path, file: Path, monitor: str, best_step: int) -> None
     from lorica.metrics_log import read_metrics
 
     series = read_metrics(metrics)
-    figure, axes = _figure(13, 3.8, 3)
+    figure, axes = new_figure(13, 3.8, 3)
     loss, quality, rate = axes[0]
     for name, colour, label in (("train/loss", BLUE, "training"), ("val/loss", ORANGE, "validation")):
         _line(loss, series.get(name, []), colour, label)
@@ -56,7 +58,7 @@ def draw_curves(metrics: Path, file: Path, monitor: str, best_step: int) -> None
         if axis is not rate and axis.get_legend_handles_labels()[1]:
             axis.legend(frameon=False)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def _line(axis: Any, points: Sequence[tuple[int, float]], colour: str, label: str) -> None:
@@ -69,7 +71,7 @@ def draw_confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str], file:
     """Rows are true classes, columns predictions; each cell has its count, and its colour is its share of the row."""
     k = len(labels)
     side = min(16.0, 2.6 + 0.95 * k)
-    figure, axes = _figure(side + 0.8, side, 1)
+    figure, axes = new_figure(side + 0.8, side, 1)
     axis = axes[0][0]
     share = [[n / max(1, sum(row)) for n in row] for row in matrix]
     axis.imshow(share, cmap="Blues", vmin=0.0, vmax=1.15)
@@ -92,4 +94,4 @@ def draw_confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str], file:
     right = sum(matrix[i][i] for i in range(k))
     total = sum(map(sum, matrix))
     axis.set_title(f"Test rows: {right:,} of {total:,} right", loc="left")
-    _save(figure, file)
+    save_figure(figure, file)

@@ -60,6 +60,7 @@ from lorica.models.soft_labels import SoftLabels  # noqa: E402
 from lorica.planning import memory  # noqa: E402
 from lorica.planning.parts import Size  # noqa: E402
 
+RETRIES = 10  # of the allocator in training; validation's other sizes take some
 EVAL_TOKENS_FACTOR = 4  # evaluation keeps no activations: its batches may be larger
 
 
@@ -246,7 +247,12 @@ def _train(run: Run) -> int:
             predicted["memory/predicted_gib"] = sizing.after_trying(expected, found, data, size, machine)
         hardware.reset_peak_memory()
         parts.throughput.first_step_after = time.perf_counter() - started
+        retries = hardware.allocator_retries(machine.device)
         trainer.fit(module, datamodule=data, ckpt_path=str(run.resume_from) if run.resume_from else None, weights_only=True)
+        if (retries := hardware.allocator_retries(machine.device) - retries) > RETRIES:
+            screen.note(
+                f"memory was so short that training stopped {retries} times to give pieces back; a smaller micro-batch may be faster"
+            )
     else:  # all was trained before, and only the test is missing, or the last validation too; or there is nothing to train
         if state is not None:
             module.load_state_dict(state["state_dict"])

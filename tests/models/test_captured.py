@@ -35,6 +35,9 @@ class Replayed:
             p.grad = torch.zeros_like(p)
         self.places = [p.grad for p in module.parameters()]
 
+    def peak(self) -> int:
+        return 7
+
     def covers(self, batch: dict[str, Any]) -> bool:
         return batch["input_ids"].numel() in self.covered
 

@@ -43,6 +43,24 @@ def test_measured_peaks_of_the_7b_are_met_within_three_percent(case: str) -> Non
     assert memory.total(memory.train(planned, H200)) / GIB == pytest.approx(measured, rel=0.03)
 
 
+@pytest.mark.parametrize("grid", ["memory_h200.json", "memory_held_out_h200.json"])
+def test_the_measured_grids_are_as_near_as_is_said(grid: str) -> None:
+    """As the figures' own summary has it, which docs/planning.md names."""
+    rows = json.loads((RESULTS / grid).read_text())["points"]
+    errors = sorted(abs(row["predicted_gib"] / row["measured_gib"] - 1) for row in rows)
+    assert len(errors) >= 10 and errors[len(errors) // 2] < 0.01 and errors[-1] < 0.08
+    assert all(sum(row["parts_gib"].values()) == pytest.approx(row["predicted_gib"], abs=0.01) for row in rows)
+
+
+def test_a_small_micro_step_that_is_not_captured_waits_for_the_host() -> None:
+    small = replace(job("trainer.tokens_per_batch=1280"), resident=False, recomputed=0)
+    sizes = jobs.Batches(1280, 1280 / small.rows, small.rows, small.targets, None, 512)
+    tight = replace(H200, memory=int(10.6 * GIB))
+    assert pace.captured(small, H200) and not pace.captured(small, tight)
+    assert pace.rate(small, sizes, tight) == pytest.approx(1280 / (32 * pace.LAUNCHED), rel=0.01)
+    assert pace.rate(small, sizes, H200) > 1.2 * pace.rate(small, sizes, tight)
+
+
 def test_each_thing_that_saves_memory_does() -> None:
     base = job()
     peak = memory.total(memory.train(base, H200))

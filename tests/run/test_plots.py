@@ -15,7 +15,7 @@ LOGS = {"nothing": NOTHING, "a step": f"{NOTHING}1,0.7,,,0.002\n", "steps": f"{N
 
 @pytest.fixture(autouse=True)
 def painted(pictures: Callable[[Any, Path], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "_save", pictures)
+    monkeypatch.setattr(plots, "save_figure", pictures)
 
 
 def _colours(file: Path) -> int:

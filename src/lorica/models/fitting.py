@@ -170,8 +170,8 @@ def fit(
             ("anomalies are looked for", trainer.detect_anomaly),
             ("layers with dropout are computed again", bool(found.recomputed) and layers.random),
             ("a head with dropout is computed again", not all(map(module.capturable, batches))),
-            # graphs hold on to their memory, and evaluation comes between them
-            ("evaluation would not fit beside it", fitting.peak + evaluation > memory_limit(device)),
+            # graphs hold on to their memory, evaluation comes between them, and a capture that fails keeps what it took (pytorch#190348)
+            ("memory is short", fitting.peak + evaluation > fitting.limit()),
             ("it takes long", trainer.cuda_graphs is None and max(fitting.seconds) >= LAUNCH_BOUND),
         )
         if hinders
@@ -291,7 +291,7 @@ class Fitting:
             assert self.keep_plain is not None
             self.keep_plain()
             self.layers.recomputed, self.layers.offload = 0, False
-            self.resident = self._fits() and torch.cuda.max_memory_allocated() < self._limit()
+            self.resident = self._fits() and torch.cuda.max_memory_allocated() < self.limit()
             if not self.resident:
                 frozen.release(self.module.model)
                 self._forget()
@@ -300,7 +300,7 @@ class Fitting:
     def _free(self) -> int:
         return memory_limit(self.module.device) - torch.cuda.memory_allocated(self.module.device)
 
-    def _limit(self) -> float:
+    def limit(self) -> float:
         """Bytes that may be taken when there is a choice."""
         return memory_limit(self.module.device) * (1 - SPARE) - SPARE_BYTES
 
@@ -313,7 +313,7 @@ class Fitting:
         layers.measuring = False
         if measured:
             more = max(1, layers.kept[len(layers) - 1] - layers.kept[0])  # for each layer that keeps its own
-            keep = 1 + int((self._limit() - torch.cuda.max_memory_allocated()) // more)
+            keep = 1 + int((self.limit() - torch.cuda.max_memory_allocated()) // more)
             layers.recomputed = min(len(layers), max(0, len(layers) - keep))
             while not self._fits():
                 if layers.recomputed == len(layers):
@@ -397,6 +397,7 @@ class Fitting:
         except (torch.cuda.OutOfMemoryError, RuntimeError) as e:
             note(f"micro-steps could not be captured as CUDA graphs ({str(e).splitlines()[0]}): they are launched bit by bit")
             steps = None
+            forget()
         torch.cuda.set_sync_debug_mode("default")
         self.module.zero_grad(set_to_none=False)
         return steps
