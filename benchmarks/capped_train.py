@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import torch
@@ -10,6 +9,5 @@ import torch
 from lorica.cli import main
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the command line does, but before CUDA begins
     torch.cuda.set_per_process_memory_fraction(float(sys.argv[1]) * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     main("train", sys.argv[2:])

@@ -98,9 +98,6 @@ def run(verb: str, args: list[str]) -> int:
 
         return plan(config, compose("train", for_train, flags["config_dir"]), flags["json"])
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if not os.environ.get("PYTORCH_CUDA_ALLOC_CONF"):  # the older name of the same
-        # where memory is short, pieces of other sizes would be given back and asked for again at every step
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     runner = "lorica.resume_drill" if getattr(config, "drill", None) == "resume" else RUNNERS[verb]
     code: int = importlib.import_module(runner).run(config)
     if (loggers := sys.modules.get("lorica.loggers")) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import resource
 import sys
 from collections.abc import Callable
@@ -203,6 +204,16 @@ def reserved_memory_gib(device: torch.device) -> float | None:
 def allocator_retries(device: torch.device) -> int:
     """How often torch had to give back free pieces to get another: each time it waits for the GPU."""
     return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0)) if device.type == "cuda" else 0
+
+
+def grow_segments() -> None:
+    """Let torch's allocator grow the pieces that it asks a GPU for, unless the user has set how it works (PYTORCH_ALLOC_CONF).
+
+    Where memory is short, pieces of other sizes would be given back and asked for again at every step.
+    """
+    if torch.cuda.is_available() and not (os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")):
+        forget()
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
 def forget() -> None:

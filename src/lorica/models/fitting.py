@@ -20,7 +20,7 @@ import torch._inductor.exc
 from lorica import caches
 from lorica.config import ConfigError, TrainConfig
 from lorica.data.module import LoricaDataModule
-from lorica.hardware import Machine, forget, memory_limit
+from lorica.hardware import Machine, forget, grow_segments, memory_limit
 from lorica.kernels import frozen
 from lorica.kernels.embedding import keep_on_host
 from lorica.kernels.layers import Layers
@@ -161,6 +161,7 @@ def fit(
     module.roomy = found.recomputed < found.layers  # memory is not short
     if why := effective_name(name, device, module.roomy)[1]:
         found.notes.append(why)
+    short = fitting.peak + evaluation > fitting.limit()
     hindrances = [
         why
         for why, hinders in (
@@ -171,7 +172,7 @@ def fit(
             ("layers with dropout are computed again", bool(found.recomputed) and layers.random),
             ("a head with dropout is computed again", not all(map(module.capturable, batches))),
             # graphs hold on to their memory, evaluation comes between them, and a capture that fails keeps what it took (pytorch#190348)
-            ("memory is short", fitting.peak + evaluation > fitting.limit()),
+            ("memory is short", short),
             ("it takes long", trainer.cuda_graphs is None and max(fitting.seconds) >= LAUNCH_BOUND),
         )
         if hinders
@@ -181,6 +182,8 @@ def fit(
     if trainer.cuda_graphs is not False and not hindrances:  # all sizes or none: captured ones can't lend their memory to others
         module.capture = partial(fitting.capture, data.plan.accumulate, note)
         found.captured = True
+    elif short:
+        grow_segments()
     return found
 
 
