@@ -81,15 +81,21 @@ def of_storages(tensors: Iterator[torch.Tensor], without: set[int]) -> int:
     return sum(size for size, _ in sizes.values())
 
 
+def ready(kind: str, model: Any, adapted: list[str] | None, shape: Shape) -> tuple[Any, tuple[Any, ...]]:
+    """`calls`, of what is trained and with what the layer before hands on."""
+    model = model.to_empty(device="cpu")
+    for name, p in model.named_parameters():
+        p.requires_grad_(adapted is None or "lora_" in name)
+    dtype = torch.float32 if adapted is None or kind == "roberta" else torch.bfloat16
+    hidden = torch.empty(1, TOKENS, shape.hidden, dtype=dtype, requires_grad=True) * 1  # no leaf, of which autocast would keep one copy
+    return calls(kind, model, hidden)
+
+
 def traced(kind: str, adapted: list[str] | None, compiled: bool) -> tuple[float, Shape]:
     """(bytes a token that a layer keeps for backward; the shape)."""
     model, shape = build(kind, adapted)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = model.to_empty(device="cpu")
-        for name, p in model.named_parameters():
-            p.requires_grad_(adapted is None or "lora_" in name)
-        hidden = _input(kind, adapted, shape)
-        run, arguments = calls(kind, model, hidden)
+        run, arguments = ready(kind, model, adapted, shape)
         with torch.autocast("cpu", torch.bfloat16):
             if not compiled:
                 return _eager(run, arguments) / TOKENS, shape
@@ -99,13 +105,7 @@ def traced(kind: str, adapted: list[str] | None, compiled: bool) -> tuple[float,
             aot_function(run, fw_compiler=keep, bw_compiler=lambda g, _: g, partition_fn=partition, decompositions=select_decomp_table())(
                 *arguments
             )
-    return _saved(graphs["forward"], hidden) / TOKENS, shape
-
-
-def _input(kind: str, adapted: list[str] | None, shape: Shape) -> torch.Tensor:
-    """What the layer before hands on."""
-    dtype = torch.float32 if adapted is None or kind == "roberta" else torch.bfloat16
-    return torch.empty(1, TOKENS, shape.hidden, dtype=dtype, requires_grad=True) * 1  # no leaf, of which autocast would keep one copy
+    return _saved(graphs["forward"], arguments[1]) / TOKENS, shape
 
 
 def _eager(run: Any, arguments: tuple[Any, ...]) -> int:
@@ -192,13 +192,9 @@ def test_backward_takes_what_the_formula_says(case: str, again: bool) -> None:
     kind, adapted = CASES[case]
     model, shape = build(kind, adapted)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = model.to_empty(device="cpu")
-        for name, p in model.named_parameters():
-            p.requires_grad_(adapted is None or "lora_" in name)
-        hidden = _input(kind, adapted, shape)
-        run, arguments = calls(kind, model, hidden)
+        run, arguments = ready(kind, model, adapted, shape)
         live = Live()
-        live.sizes[hidden.untyped_storage()._cdata] = 0
+        live.sizes[arguments[1].untyped_storage()._cdata] = 0
         with live:
             with torch.autocast("cpu", torch.bfloat16):
                 out = checkpoint(run, *arguments, use_reentrant=False) if again else run(*arguments)

@@ -147,7 +147,7 @@ def train(job: Job, card: Card) -> Parts:
     moments = [("logits", whole + ends(job), logits(job), 0.0)]
 
     def add(at: float, needed: Needed) -> None:
-        moments.append((BACKWARD, at + passed, needed.a_token * job.tokens + needed.once, plain if way.compiled else 0.0))
+        moments.append((BACKWARD, at + passed, needed.a_token * job.tokens + needed.once, 0.0))
         moments.append((BACKWARD, at + passed, needed.beside_weight * job.tokens + needed.once, plain))
 
     if again < layers:
@@ -247,13 +247,18 @@ class Fit:
     fits: bool
 
 
+def limit(card: Card) -> float:
+    """Bytes that a run takes where it has a choice (`models.fitting`)."""
+    return card.usable * (1 - SPARE) - SPARE_BYTES
+
+
 def settle(job: Job, card: Card, asked: bool | int | str | None, resident: bool | None) -> Fit:
     """How the run's layers will run on a card, as `models.fitting` finds out by trying.
 
     Args:
         asked: `trainer.gradient_checkpointing`. resident: `trainer.resident_weights`.
     """
-    layers, usable = job.learning, card.usable
+    layers = job.learning
 
     def ran(**changes: object) -> Job:
         return replace(job, **changes)  # type: ignore[arg-type]
@@ -263,8 +268,8 @@ def settle(job: Job, card: Card, asked: bool | int | str | None, resident: bool 
 
     if job.four_bit and resident is not False and not asked:
         plain = ran(resident=True, recomputed=0, offload=False)
-        room = PLENTY * plain_weights(plain) < usable - total(stays(job)) + total({"gradients": 4.0 * job.trained})
-        if resident or (room and peak(plain) < usable * (1 - SPARE) - SPARE_BYTES):
+        room = PLENTY * plain_weights(plain) < card.usable - total(stays(job)) + total({"gradients": 4.0 * job.trained})
+        if resident or (room and peak(plain) < limit(card)):
             return _fit(plain, card)
     if asked is not None:
         all_of_them = asked is True or asked == "offload"
@@ -272,7 +277,7 @@ def settle(job: Job, card: Card, asked: bool | int | str | None, resident: bool 
         return _fit(ran(recomputed=count, offload=asked == "offload", resident=bool(resident)), card)
     for count in range(layers + 1):
         one = ran(recomputed=count, offload=False, resident=bool(resident))
-        if peak(one) <= usable * (1 - SPARE) - SPARE_BYTES:
+        if peak(one) <= limit(card):
             return _fit(one, card)
     found = _fit(ran(recomputed=layers, offload=False), card)
     return found if found.fits else _fit(ran(recomputed=layers, offload=True), card)

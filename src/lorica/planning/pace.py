@@ -14,7 +14,7 @@ from math import log
 
 from lorica.planning.cards import Card
 from lorica.planning.jobs import Batches
-from lorica.planning.memory import SPARE, SPARE_BYTES, Job, evaluate, total, train
+from lorica.planning.memory import Job, evaluate, limit, total, train
 
 MEASURED_ON = "H200 141 GB"
 REACHED = 0.786  # of the maker's figure, by a large product of two bf16 matrices
@@ -64,14 +64,15 @@ def rate(job: Job, sizes: Batches, card: Card) -> float:
         again = 0 if job.resident else 2 * job.learning + job.recomputed
         passes = (job.frozen + again) / max(1, job.shape.layers)
         seconds += passes * job.shape.in_linears * DEQUANTISED / (card.bandwidth * 1e9 * PASSED)
-    if job.way.compiled and not captured(job, card):
-        seconds = max(seconds, LAUNCHED * job.shape.layers)
+    launches = LAUNCHED * job.shape.layers
+    if job.way.compiled and seconds < launches and not captured(job, card):
+        seconds = launches
     return min(float(job.tokens), sizes.mean * sizes.rows) / seconds
 
 
 def captured(job: Job, card: Card) -> bool:
     """Whether there is room for micro-steps as CUDA graphs, with evaluation beside them (`models.fitting`)."""
-    return total(train(job, card)) + evaluate(job, card)["activations"] <= card.usable * (1 - SPARE) - SPARE_BYTES
+    return total(train(job, card)) + evaluate(job, card)["activations"] <= limit(card)
 
 
 def flops(job: Job) -> float:
