@@ -278,6 +278,8 @@ def test_a_4bit_model_trains_and_is_found_again(data: str, tmp_path: Path, capsy
 
 
 FLAT = ["model.attn_implementation=varlen", "trainer.compile=true"]
+# random weights learn a few rows only
+BY_HEART = ["model.base={bert}", "data=ag_news", "data.max_train_examples=64", "trainer.max_epochs=20"]
 HALF = {
     "4-bit": ["model=tiny_mistral_qlora", "optimizer.name=paged_adamw_8bit"],
     "trained head": ["model=tiny_mistral_qlora", "model.lora.modules_to_save=[lm_head,norm]"],
@@ -287,8 +289,8 @@ HALF = {
     "last layers, flat and compiled": ["model=tiny_mistral_qlora", "model.train_layers=last_2", *FLAT],
     "last layers, computed again": ["model=tiny_mistral_qlora", "model.train_layers=last_3", *FLAT, "trainer.gradient_checkpointing=2"],
     "whole": ["model=tiny_mistral_qlora", "model.lora=null", "model.quantization=null", "optimizer.lr=5e-4"],
-    "encoder with biases": ["model=minilm_lora", "model.base={bert}", "model.lora.bias=all"],
-    "whole encoder": ["model=minilm_full", "model.base={bert}", "optimizer.lr=3e-4"],
+    "encoder with biases": ["model=minilm_lora", "model.lora.bias=all", *BY_HEART],
+    "whole encoder": ["model=minilm_full", "optimizer.lr=3e-4", *BY_HEART],
 }
 
 
@@ -298,23 +300,23 @@ def test_whatever_is_trained_trains_in_fp16_with_a_scaler(what: str, tmp_path: P
     padded = [] if set(FLAT) <= set(HALF[what]) else ["model.attn_implementation=sdpa"]
     steps = [
         "trainer=gpu_16gb_t4",
-        "trainer.max_epochs=3",
         "trainer.accumulate_grad_batches=1",
         "trainer.log_every_n_steps=1",
         "data.max_test_examples=32",
         *padded,
     ]
     run = tmp_path / "run"
-    model = [setting.format(bert=_bert(tmp_path / "bert", tiny_mistral)) for setting in HALF[what]]
+    asked = HALF[what] if set(BY_HEART) <= set(HALF[what]) else [*HALF[what], "data=sentiment", "trainer.max_epochs=3"]
+    asked = [setting.format(bert=_bert(tmp_path / "bert", tiny_mistral)) for setting in asked]
     with pytest.raises(SystemExit) as end:
-        main("train", ["data=sentiment", *model, *steps, f"run_dir={run}"])
+        main("train", [*asked, *steps, f"run_dir={run}"])
     log = (run / "train.log").read_text()
     assert end.value.code == 0, log[-3000:]
     assert "precision 16-mixed" in log and ("varlen" in log) == (not padded)
     assert json.loads((run / "metrics.json").read_text())["train/skipped_steps"] <= 4  # while the scaler finds its scale
     with (run / "metrics.csv").open(newline="") as file:
         losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
-    assert len(losses) > 8 and sum(losses[-4:]) < sum(losses[:4]), losses
+    assert len(losses) > 10 and sum(losses[-5:]) < sum(losses[:5]), losses
 
 
 def test_an_encoder_with_adapters_and_dropout_trains(tiny_mistral: Path, tmp_path: Path) -> None:
