@@ -282,6 +282,7 @@ def load_model(
     auto = loader(model.task)
     with _reading(base, "model.base", f"can't be loaded for {model.task}"):
         loaded, info = auto.from_pretrained(base.path, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **arguments)
+    _keep_packed_as_stored(loaded)
     loaded.lorica_new_modules = _new_modules(base, model.task, info["missing_keys"])
     if len(tokenizer) > loaded.get_input_embeddings().weight.shape[0]:
         loaded.resize_token_embeddings(len(tokenizer))
@@ -290,6 +291,17 @@ def load_model(
     if getattr(loaded, "generation_config", None) is not None:
         loaded.generation_config.pad_token_id = tokenizer.pad_token_id
     return loaded
+
+
+def _keep_packed_as_stored(model: torch.nn.Module) -> None:
+    """4-bit layers multiply in the type they were asked to, on every processor.
+
+    On one with avx512_bf16, bitsandbytes (0.50, nn.modules.Linear4bit.forward) packs the weights anew at the first forward without
+    gradients and from then on rounds to bf16, whatever the type.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _import_bitsandbytes() -> None:
