@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false")
-os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_VNNI"  # without bf16, which this processor may be faster in: fp32 is asked for nowhere
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_VNNI"  # no bf16, which trainer.precision=auto takes where it is faster
 os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"  # two run beside each other as fast as they can on one
 
 import pytest

@@ -430,7 +430,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(model: Path, tm
         while kills < 3 and process.poll() is None and len(parts_of(partial)) <= there:
             time.sleep(0.01)
         if kills < 3:
-            time.sleep(draw.uniform(0, 0.15))  # less than the chunks that are left take
+            time.sleep(draw.uniform(0, 0.5))
             process.kill()
             kills += process.wait() == -signal.SIGKILL
             assert process.returncode == -signal.SIGKILL, log.read_text()
