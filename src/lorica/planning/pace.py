@@ -26,8 +26,9 @@ NOT_COMPILED = 0.45  # of a compiled run's rate (docs/experiments.md: 4,096 toke
 PASSED = 0.8  # of the bandwidth, when weights are made plain
 DEQUANTISED = 2.53  # bytes read and written for each
 FP8 = 1.47  # times the rate of products in bf16, 16,384 tokens of a 7B
-# Seconds that the host takes to launch a compiled layer, forward and backward: 1,280 tokens of a 7B in 131 ms. Captured steps take none.
-LAUNCHED = 0.004
+# Seconds that the host takes to launch a compiled layer, forward and backward: 131 ms for a 7B on one machine, 207 to 250 on others
+# (docs/experiments.md). Captured steps take none.
+LAUNCHED = 0.0065
 WORKING = 0.95  # of its limit that a card draws in training: 0.87 to 0.99
 
 
