@@ -1,11 +1,12 @@
 """`trainer.fit` on cards of several sizes, which a large one plays by giving a process so much of its memory.
 
-`python -m benchmarks.fit OUT.json --model DIR [--limits 6,7.5,11,15,22] [--lengths 512,1024,2048] [--stages fitted,settings]`
+`python -m benchmarks.fit OUT.json --model DIR [--limits 6,7.5,11,15,22] [--lengths 512,1024,2048] [--stages fitted,settings]
+[--ways 1:true,2:16]`
 
 fitted: QLoRA of Mistral-7B, 8,192 tokens a step, at every limit and length with `trainer.fit=true`: tokens/s, peak, and the loss of every
 step, which is to be the same at every limit. settings: every way by hand (parts, layers computed again), each once without a limit, for
 a rate does not depend on what is left; the best of a cell is the fastest whose reserved memory is within the limit.
-A cell that the plan says does not fit is to be refused, not run into.
+A cell that the plan says does not fit is to be refused, not run into. Where OUT.json is there, what it has is kept and not run again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from benchmarks.side_by_side import Failed, call, machine, scratch, versions
 TOKENS, STEPS, WARM = 8192, 16, 6
 PARTS = (1, 2, 4, 8)
 AGAIN = ("false", "8", "16", "24", "true", "offload")
+WAYS = [f"{parts}:{again}" for parts in PARTS for again in AGAIN]
 
 
 def recipe(model: Path, rows: Path, length: int, *more: str) -> list[str]:
@@ -60,13 +62,12 @@ def trained(overrides: list[str], limit: float | None, timeout: float) -> dict[s
     }
 
 
-def settings(length: int) -> list[tuple[str, list[str]]]:
-    """(name, overrides) of every way by hand: the same tokens a step."""
+def settings(length: int, ways: list[str]) -> list[tuple[str, list[str]]]:
+    """(name, overrides) of ways by hand, `parts:layers computed again` each: the same tokens a step."""
     found = []
-    for parts in PARTS:
-        if TOKENS // parts < length:
-            continue
-        for again in AGAIN:
+    for name in ways:
+        parts, again = int(name.partition(":")[0]), name.partition(":")[2]
+        if TOKENS // parts >= length:
             batch = [f"trainer.tokens_per_batch={TOKENS // parts}", f"trainer.accumulate_grad_batches={parts}"]
             way = [f"trainer.gradient_checkpointing={again}", "trainer.resident_weights=false", "trainer.fit=false"]
             found.append((f"{parts} parts, again {again}", [*batch, *way]))
@@ -108,14 +109,20 @@ def main() -> None:
     parser.add_argument("--limits", default="6,7.5,11,15,22")
     parser.add_argument("--lengths", default="512,1024,2048")
     parser.add_argument("--stages", default="fitted,settings")
+    parser.add_argument("--ways", default=",".join(WAYS), help="of the settings by hand")
     parser.add_argument("--timeout", type=float, default=150)
     parser.add_argument("--within", type=float, default=1e9, help="seconds after which no further run is begun")
     options = parser.parse_args()
     began = time.perf_counter()
     rows_folder = options.model.with_name(f"{options.model.name}-rows")
     qlora.prepare(options.model, rows_folder, "mixed")
-    fitted: list[dict[str, Any]] = []
-    by_hand: list[dict[str, Any]] = []
+    earlier: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    fitted: list[dict[str, Any]] = earlier.get("fitted", [])
+    by_hand: list[dict[str, Any]] = earlier.get("settings", [])
+    done = {(row["length"], row.get("limit", row.get("name"))) for row in [*fitted, *by_hand]}
+
+    def to_do(length: int, what: float | str) -> bool:
+        return (length, what) not in done and time.perf_counter() - began < options.within
 
     def keep(row: dict[str, Any], where: list[dict[str, Any]]) -> None:
         where.append(row)
@@ -126,11 +133,11 @@ def main() -> None:
 
     for length in map(int, options.lengths.split(",")):
         for limit in map(float, options.limits.split(",")) if "fitted" in options.stages else ():
-            if time.perf_counter() - began < options.within:
+            if to_do(length, limit):
                 own = recipe(options.model, rows_folder / "mixed", length)
                 keep({"limit": limit, "length": length, **trained(own, limit, options.timeout)}, fitted)
-        for name, way in settings(length) if "settings" in options.stages else ():
-            if time.perf_counter() - began < options.within:
+        for name, way in settings(length, options.ways.split(",")) if "settings" in options.stages else ():
+            if to_do(length, name):
                 own = recipe(options.model, rows_folder / "mixed", length, *way)
                 keep({"name": name, "length": length, **trained(own, None, options.timeout)}, by_hand)
     print(json.dumps(table(fitted, by_hand), indent=1))

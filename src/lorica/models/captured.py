@@ -40,19 +40,20 @@ class CapturedSteps:
             yield
         torch.cuda.current_stream().wait_stream(self._stream)
 
-    def capture(self, batch: dict[str, Any]) -> None:
-        """Make a graph of the step for batches of this batch's size. Gradients must exist and are left changed."""
-        step = _Step(batch)
+    def capture(self, batches: list[dict[str, Any]]) -> None:
+        """Make a graph of the step for each batch's size, the largest first. Gradients must exist and are left changed."""
+        steps = [_Step(batch) for batch in batches]
         with self.stream():
-            for _ in range(WARM_UP):
+            for step in steps * WARM_UP:  # all of them before the first capture: its memory can't be lent to runs that aren't captured
                 step.run(self._loss_sum, self._arithmetic)
         torch.cuda.synchronize()
-        self._before = max(self._before, torch.cuda.max_memory_allocated())
-        torch.cuda.reset_peak_memory_stats()
-        with torch.cuda.graph(step.graph, pool=self._pool, stream=self._stream):
-            step.run(self._loss_sum, self._arithmetic)
-        self._besides = max(self._besides, torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated())
-        self._steps[batch["input_ids"].numel()] = step
+        self._before = torch.cuda.max_memory_allocated()
+        for step in steps:
+            torch.cuda.reset_peak_memory_stats()
+            with torch.cuda.graph(step.graph, pool=self._pool, stream=self._stream):  # which gives cached memory back first
+                step.run(self._loss_sum, self._arithmetic)
+            self._besides = max(self._besides, torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated())
+            self._steps[step.batch["input_ids"].numel()] = step
 
     def peak(self) -> int:
         """Bytes that were in use at most so far: the allocator counts what a graph uses while it is captured, not while it is replayed."""

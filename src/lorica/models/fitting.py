@@ -395,8 +395,7 @@ class Fitting:
                 for batch in reversed(self.batches):
                     self._run(batch)
             torch.cuda.set_sync_debug_mode("default")
-            for batch in reversed(self.batches):
-                steps.capture(batch)
+            steps.capture(self.batches[::-1])
         except (torch.cuda.OutOfMemoryError, RuntimeError) as e:
             note(f"micro-steps could not be captured as CUDA graphs ({str(e).splitlines()[0]}): they are launched bit by bit")
             steps = None
