@@ -66,9 +66,10 @@ def settings(length: int, ways: list[str]) -> list[tuple[str, list[str]]]:
     """(name, overrides) of ways by hand, `parts:layers computed again` each: the same tokens a step."""
     found = []
     for name in ways:
-        parts, again = int(name.partition(":")[0]), name.partition(":")[2]
-        if TOKENS // parts >= length:
-            batch = [f"trainer.tokens_per_batch={TOKENS // parts}", f"trainer.accumulate_grad_batches={parts}"]
+        parts, _, again = name.partition(":")
+        tokens = TOKENS // int(parts)
+        if tokens >= length:
+            batch = [f"trainer.tokens_per_batch={tokens}", f"trainer.accumulate_grad_batches={parts}"]
             way = [f"trainer.gradient_checkpointing={again}", "trainer.resident_weights=false", "trainer.fit=false"]
             found.append((f"{parts} parts, again {again}", [*batch, *way]))
     return found

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lorica.config import OptimizerConfig
+from lorica.models.captured import WARM_UP, CapturedSteps
 from lorica.models.module import LoricaModule
 
 ACCUMULATE = 3
@@ -123,3 +127,34 @@ def test_gradients_are_cleared_in_place_where_something_holds_them() -> None:
         module.optimizer_zero_grad(0, 0, optimizer)
         after = [p.grad for p in module.parameters()]
         assert all(a is b and (a == 0).all() for a, b in zip(after, before, strict=True)) if kept else after == [None, None]
+
+
+def test_all_sizes_are_warmed_up_before_the_first_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph keeps its memory to itself: what runs uncaptured after it would need its own beside that."""
+    happened: list[tuple[str, int]] = []
+    capturing = False
+
+    @contextmanager
+    def graph(*given: Any, **named: Any) -> Iterator[None]:
+        nonlocal capturing
+        capturing = True
+        yield
+        capturing = False
+
+    def loss_sum(batch: dict[str, Any]) -> torch.Tensor:
+        happened.append(("captured" if capturing else "run", batch["input_ids"].numel()))
+        return torch.zeros((), requires_grad=True)
+
+    for name in ("Stream", "CUDAGraph", "graph_pool_handle", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("max_memory_allocated", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    steps = CapturedSteps(loss_sum, nullcontext, 1)
+    batches = [{"input_ids": torch.zeros(size, dtype=torch.long), "max_seqlen": size} for size in (128, 64)]
+    steps.capture(batches)
+    assert happened == [("run", 128), ("run", 64)] * WARM_UP + [("captured", 128), ("captured", 64)]
+    assert all(map(steps.covers, batches))
