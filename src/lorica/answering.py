@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from lorica.answers import Answer
 from lorica.config import ConfigError, OptimizerConfig
-from lorica.data.batching import cut_batches
-from lorica.data.collate import collate_candidates, collate_classifier
-from lorica.data.encoding import ClassifierEncoder, Encoded, Truncation, build_encoder
+from lorica.data.encoding import CausalEncoder, ClassifierEncoder, build_encoder
 from lorica.data.examples import Example
 from lorica.models.causal_lm import CausalLMModule
 from lorica.models.sequence_classifier import SequenceClassifierModule
 from lorica.models.trained import Trained
-
-BATCH = 32  # texts at once
-ELEMENTS = 1 << 26  # of the hidden states of texts at once on a GPU, where labels are scored: 16,384 tokens of Mistral-7B
-LETTERS = 4  # to a token, about
-
-
-def uncounted(n: int) -> None:
-    """Nobody asked how far it is."""
+from lorica.scoring import BATCH, Scorer, uncounted
 
 
 class Predictor:
@@ -47,55 +36,45 @@ class Predictor:
         self.module = cls(trained.model, OptimizerConfig(), 1).eval()
         self.pad_id = int(trained.tokenizer.pad_token_id)
         self.threshold = _threshold(trained, target_risk)
-        self._tokens = ELEMENTS // trained.model.config.get_text_config().hidden_size
-
-    def encode(self, examples: Sequence[Example]) -> list[Any]:
-        """What the model reads of each example; on any thread, one at a time."""
-        if isinstance(self.encoder, ClassifierEncoder):
-            return self.encoder.encode(examples, Truncation())
-        return self.encoder.candidates(examples) if self.labels else [self.encoder.prompt_ids(e) for e in examples]
+        self.scorer = Scorer(trained, self.module, self.encoder)
 
     def warm_up(self, examples: Sequence[Example], batch_size: int | None) -> None:
-        """Score about a batch of the examples on a GPU, for what a first forward loads and allocates."""
-        if self.labels and self.trained.model.device.type == "cuda":
-            letters = itertools.accumulate(len(e.text or e.prompt) for e in examples)
-            self.answer([e for e, n in zip(examples, letters, strict=True) if n < self._tokens * LETTERS], batch_size)
+        """Before labels of these examples are scored."""
+        if self.labels and examples:
+            self.scorer.warm_up(examples, batch_size)
 
     def answer(self, examples: Sequence[Example], batch_size: int | None = None, done: Callable[[int], None] = uncounted) -> list[Answer]:
         """Answers in the order of the examples; as `begin`."""
-        return self.begin(self.encode(examples), batch_size, done)()
+        return self.begin(examples, batch_size, done)()
 
     @torch.inference_mode()
     def begin(
-        self, items: Sequence[Any], batch_size: int | None = None, done: Callable[[int], None] = uncounted
+        self, examples: Sequence[Example], batch_size: int | None = None, done: Callable[[int], None] = uncounted
     ) -> Callable[[], list[Answer]]:
-        """What gives the answers, in the order of what was encoded; batches are made by length.
+        """What gives the answers, in the order of the examples.
 
         Labels are scored on a GPU while something else is done: it is waited for when the answers are asked for, once.
 
         Args:
-            batch_size: None: BATCH, or by ELEMENTS where labels are scored on a GPU. done: called with the size of each batch on its way.
+            batch_size: None: BATCH, or by tokens where labels are scored on a GPU. done: called with the size of each batch on its way.
         """
         if not self.labels:
-            written = self._written(items, batch_size or BATCH, done)
+            assert isinstance(self.encoder, CausalEncoder)
+            written = self._written([self.encoder.prompt_ids(e) for e in examples], batch_size or BATCH, done)
             return lambda: written
-        return self._scored(items, batch_size, done) if items else list
-
-    def _lengths(self, items: Sequence[Any]) -> list[int]:
-        """Tokens of each."""
-        return [len(e.ids) if isinstance(e, Encoded) else sum(map(len, e.sequences)) for e in items]
+        return self._scored(examples, batch_size, done) if examples else list
 
     @torch.inference_mode()
-    def log_probabilities(self, items: Sequence[Any], done: Callable[[int], None] = uncounted) -> np.ndarray:
-        """Of each label, fp32 [N, labels], in the order of what was encoded; as the model gives them, not calibrated."""
+    def log_probabilities(self, examples: Sequence[Example], done: Callable[[int], None] = uncounted) -> np.ndarray:
+        """Of each label, fp32 [N, labels], in the order of the examples; as the model gives them, not calibrated."""
         assert self.labels is not None
-        scores, place = self._label_scores(items, None, done)
+        scores, place = self.scorer.score(examples, None, done)
         return np.asarray(scores.float().cpu().numpy()[place])
 
-    def _scored(self, items: Sequence[Any], batch_size: int | None, done: Callable[[int], None]) -> Callable[[], list[Answer]]:
+    def _scored(self, examples: Sequence[Example], batch_size: int | None, done: Callable[[int], None]) -> Callable[[], list[Answer]]:
         """Labels with their probabilities. The scores stay on the device until all are there."""
         assert self.labels is not None
-        scores, place = self._label_scores(items, batch_size, done)
+        scores, place = self.scorer.score(examples, batch_size, done)
         found, arrived = _on_its_way((scores.float() / self.trained.temperature).softmax(1))
         names = self.labels
 
@@ -107,37 +86,6 @@ class Predictor:
             return [Answer(name, dict(zip(names, row, strict=True))) for name, row in zip(said, rows.tolist(), strict=True)]
 
         return answers
-
-    def _label_scores(self, items: Sequence[Any], batch_size: int | None, done: Callable[[int], None]) -> tuple[torch.Tensor, np.ndarray]:
-        """(log-probabilities [N, labels] on the device, in the order of the batches; where each item's are, [N])."""
-        device, padded = self.trained.model.device, self.trained.padded
-        by_tokens = batch_size is None and device.type == "cuda"
-        sizes = np.asarray(self._lengths(items))
-        order = [int(i) for i in np.argsort(-sizes, kind="stable")]
-        collate = collate_classifier if isinstance(self.encoder, ClassifierEncoder) else collate_candidates
-        batches = cut_batches(sizes, order, None if by_tokens else batch_size or BATCH, self._tokens, padded)
-        scores, waiting = [], batches[::-1]
-        while waiting:
-            group = waiting.pop()
-            try:
-                scores.append(self._scores(collate([items[i] for i in group], self.pad_id, padded)))
-            except torch.cuda.OutOfMemoryError:
-                if len(group) == 1:
-                    raise
-                waiting += [group[len(group) // 2 :], group[: len(group) // 2]]
-                continue
-            done(len(group))
-        place = np.empty(len(items), np.int64)
-        place[order] = np.arange(len(items))
-        return torch.cat(scores), place
-
-    def _scores(self, batch: dict[str, Any]) -> torch.Tensor:
-        device = self.trained.model.device
-        if device.type == "cuda":
-            batch = {k: v.pin_memory().to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        with self.trained.arithmetic():
-            scores: torch.Tensor = self.module.evaluate(batch)["scores"]
-        return scores
 
     def _written(self, prompts: Sequence[list[int]], batch_size: int, done: Callable[[int], None]) -> list[Answer]:
         """Texts, the longest prompts first."""

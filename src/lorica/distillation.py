@@ -148,8 +148,8 @@ def ask(
         predictor = Predictor(load_trained(teacher.path, device))
         with counted if progress else nullcontext():
             for i in missing:
-                items = predictor.encode([ask_text(predictor.task, e.text, e.origin) for e in chunks[i]])
-                said = predictor.log_probabilities(items, counted.add if progress else lambda n: None)
+                asked = [ask_text(predictor.task, e.text, e.origin) for e in chunks[i]]
+                said = predictor.log_probabilities(asked, counted.add if progress else lambda n: None)
                 if not np.isfinite(said).all():
                     raise ConfigError(KEY, teacher.path, "its scores are no numbers (NaN or infinite)", "another teacher")
                 token_cache.write(files[i], {"scores": said})

@@ -1,6 +1,6 @@
 """Answers the rows of a file chunk by chunk, on one device or on several, each a process of its own.
 
-Memory holds three chunks at most: one that is read and encoded, one that is answered, one that is written. What a chunk is and how its
+Memory holds three chunks at most: one that is read, one that is answered, one that is written. What a chunk is and how its
 batches are made follows from the file and the settings alone, so that the output is the same bytes however often it was broken off.
 """
 
@@ -90,12 +90,12 @@ def answer_chunks(job: Job, predictor: Predictor, wanted: Sequence[int], done: C
     for chunk in first:
         predictor.warm_up(list(chunk.examples.values()), size)
     begun = time.perf_counter()
+    all_chunks = itertools.chain(first, chunks)
+    del first
     try:
-        encoded = ((chunk, predictor.encode(list(chunk.examples.values()))) for chunk in itertools.chain(first, chunks))
-        first = []
-        with closing(_one_ahead(encoded)) as coming:
-            for chunk, items in coming:
-                answered.append((chunk, predictor.begin(items, size, counted)))
+        with closing(_one_ahead(all_chunks)) as coming:
+            for chunk in coming:
+                answered.append((chunk, predictor.begin(list(chunk.examples.values()), size, counted)))
                 while len(answered) > (1 if job.kind == "cuda" else 0):  # the chunk before is written while a GPU has this one to do
                     keep()
     finally:

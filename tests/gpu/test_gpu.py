@@ -277,6 +277,33 @@ def test_a_4bit_model_trains_and_is_found_again(data: str, tmp_path: Path, capsy
     assert row["text"]
 
 
+def test_captured_forwards_score_as_launched_ones_and_alike_each_time(
+    tmp_path: Path, tiny_mistral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorica import scoring
+    from lorica.answering import Predictor
+    from lorica.data.examples import Example
+    from lorica.models.trained import load_trained
+
+    run, bert = tmp_path / "run", _bert(tmp_path / "bert", tiny_mistral)
+    learnt = [f"model.base={bert}", "data=ag_news", "data.max_train_examples=64", "trainer.max_epochs=2", "trainer.precision=bf16-mixed"]
+    with pytest.raises(SystemExit) as end:
+        main("train", ["model=minilm_lora", *learnt, f"run_dir={run}"])
+    assert end.value.code == 0
+    with (run / "predictions.jsonl").open() as file:
+        texts = [json.loads(line)["text"] for line in file]
+    examples = [Example("", text=f"{text} {i}") for i in range(5) for text in texts[: 20 * (i + 1)]]
+    predictor = Predictor(load_trained(run, torch.device("cuda", 0)))
+    launched, place = predictor.scorer.score(examples)
+    monkeypatch.setattr(scoring, "CAPTURED_ROWS", 100)
+    monkeypatch.setattr(scoring, "CAPTURED_TOKENS", 4096)
+    captured, order = predictor.scorer.score(examples)
+    assert predictor.scorer._captured is not None and order.tolist() == list(range(len(examples)))
+    torch.testing.assert_close(captured, launched[torch.from_numpy(place)], rtol=0, atol=0.02)
+    assert captured.std(0).min() > 0.001
+    assert torch.equal(predictor.scorer.score(examples)[0], captured)
+
+
 FLAT = ["model.attn_implementation=varlen", "trainer.compile=true"]
 # random weights learn a few rows only
 BY_HEART = ["model.base={bert}", "data=ag_news", "data.max_train_examples=64", "trainer.max_epochs=20"]

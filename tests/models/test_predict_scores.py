@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from lorica.answering import BATCH, Predictor
+from lorica import scoring
+from lorica.answering import Predictor
+from lorica.data import encoding
 from lorica.data.encoding import CausalEncoder
 from lorica.data.examples import Example
 from lorica.kernels import attention
 from lorica.models.trained import Trained, load_trained
+from lorica.scoring import BATCH
 
 CPU = torch.device("cpu")
 LABELS = ["good", "good enough", "bad"]  # one begins as another does: a text has several sequences
@@ -126,6 +129,58 @@ def test_flat_batches_have_the_same_answers(trained: Trained) -> None:
     trained.model.set_attn_implementation(attention.VARLEN)
     trained.padded = False
     torch.testing.assert_close(_rows(Predictor(trained).answer(examples, 6)), expected, rtol=1e-4, atol=1e-5)
+
+
+class Replayed:
+    """CapturedScores without a GPU: each call is the forward, on a batch of the size that was captured."""
+
+    def __init__(self, score: Any, batch: dict[str, Any]) -> None:
+        self.score, self.sizes, self.calls = score, {k: v.shape for k, v in batch.items() if isinstance(v, torch.Tensor)}, 0
+
+    def __call__(self, batch: dict[str, Any]) -> torch.Tensor:
+        assert {k: v.shape for k, v in batch.items() if isinstance(v, torch.Tensor)} == self.sizes
+        self.calls += 1
+        return self.score(batch)  # type: ignore[no-any-return]
+
+
+@pytest.mark.usefixtures("varlen_on_cpu")
+def test_captured_batches_have_the_same_answers(encoder: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "CHUNK", 16)
+    short = [Example(f"y:{i}", text="so") for i in range(40)]  # more rows than were thought to fit
+    examples = [*_examples(50), *short]
+    plain = Predictor(encoder)
+    expected = _rows(plain.answer(examples))
+    encoder.model.set_attn_implementation(attention.VARLEN)
+    encoder.padded = False
+    monkeypatch.setattr(scoring, "CapturedScores", Replayed)
+    monkeypatch.setattr(scoring, "waits_for_the_device", lambda run: run() is None)
+    monkeypatch.setattr(scoring, "CAPTURED_TOKENS", 96)
+    monkeypatch.setattr(scoring, "CAPTURED_ROWS", 80)
+    counted: list[int] = []
+    predictor = Predictor(encoder)
+    predictor.scorer._can_capture = True
+    torch.testing.assert_close(_rows(predictor.answer(examples, done=counted.append)), expected, rtol=1e-4, atol=1e-5)
+    made = predictor.scorer._captured
+    assert isinstance(made, Replayed) and made.calls == len(counted) > 10 and sum(counted) == len(examples)
+    assert max(counted) == predictor.scorer._shape.targets  # rows ran out before tokens did
+    few = _rows(predictor.answer(examples[:79]))  # not worth it
+    assert made.calls == len(counted)
+    torch.testing.assert_close(few, expected[:79], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("varlen_on_cpu")
+def test_a_forward_that_waits_for_the_device_is_not_captured(encoder: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = _examples(20)
+    expected = _rows(Predictor(encoder).answer(examples))
+    encoder.model.set_attn_implementation(attention.VARLEN)
+    encoder.padded = False
+    monkeypatch.setattr(scoring, "CapturedScores", None)
+    monkeypatch.setattr(scoring, "waits_for_the_device", lambda run: run() is not None)
+    monkeypatch.setattr(scoring, "CAPTURED_ROWS", 1)
+    predictor = Predictor(encoder)
+    predictor.scorer._can_capture = True
+    torch.testing.assert_close(_rows(predictor.answer(examples)), expected, rtol=1e-4, atol=1e-5)
+    assert not predictor.scorer._can_capture
 
 
 def test_the_label_that_a_text_has_or_lacks_changes_nothing(trained: Trained) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lorica import answering, train
+from lorica import scoring, train
 from lorica.composition import compose
 from lorica.kernels import loss
 from lorica.models import fitting
@@ -30,7 +30,7 @@ def job(*overrides: str, lengths: Lengths | None = None, card: Card = H200) -> m
 def test_the_numbers_are_the_products_own() -> None:
     assert memory.TILE_ELEMENTS == loss.TILE_ELEMENTS and memory.EVALUATION_ELEMENTS == loss.EVALUATION_ELEMENTS
     assert (memory.SPARE, memory.SPARE_BYTES, memory.PLENTY) == (fitting.SPARE, fitting.SPARE_BYTES, fitting.PLENTY)
-    assert memory.PREDICTED_ELEMENTS == answering.ELEMENTS
+    assert memory.PREDICTED_ELEMENTS == scoring.ELEMENTS
     assert jobs.EVALUATED == train.EVAL_TOKENS_FACTOR and jobs.WORTH_COMPILING == fitting.WORTH_COMPILING
 
 

@@ -167,7 +167,6 @@ def test_answers_are_as_long_as_in_training_unless_said(
         asked.extend((e.messages[0].content, self.max_new_tokens) for e in examples)
         return lambda: [Answer("so") for _ in examples]
 
-    monkeypatch.setattr(Predictor, "encode", lambda self, examples: examples)
     monkeypatch.setattr(Predictor, "begin", begin)
     assert lorica("predict", f"run={writer}", f"text={HARD}") == (0, "so\n")
     assert lorica("predict", f"run={writer}", "text=a", "max_new_tokens=5")[0] == 0

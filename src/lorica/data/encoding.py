@@ -97,8 +97,12 @@ class ClassifierEncoder:
 
     def encode(self, examples: Sequence[Example], truncation: Truncation, progress: Progress = silent) -> list[Encoded]:
         """Token ids with the tokenizer's own special tokens, cut at the end of the text to max_length."""
-        rows: list[Encoded] = []
+        return _all(self.pieces(examples, truncation), progress)
+
+    def pieces(self, examples: Sequence[Example], truncation: Truncation) -> Iterator[list[Encoded]]:
+        """`encode`, CHUNK examples at a time."""
         for chunk, ids, encodings in _one_ahead(self._tokenize, examples):
+            rows = []
             for example, row, encoding in zip(chunk, ids, encodings, strict=True):
                 overflow = encoding.overflowing
                 if overflow:
@@ -106,8 +110,7 @@ class ClassifierEncoder:
                     truncation.texts += 1
                     truncation.tokens_cut += sum(len(o.ids) - sum(o.special_tokens_mask) for o in overflow)
                 rows.append(Encoded(row, label=-1 if example.label is None else example.label))
-            progress(len(chunk))
-        return rows
+            yield rows
 
     def _tokenize(self, chunk: Sequence[Example]) -> tuple[Sequence[Example], list[list[int]], list[Any]]:
         return chunk, *_call(self.tokenizer, [e.text for e in chunk], truncation=True, max_length=self.max_length)
@@ -117,6 +120,15 @@ def _call(tokenizer: Any, texts: Sequence[str], **settings: Any) -> tuple[list[l
     """(token ids, `tokenizers.Encoding`) of every text. Offsets are asked of the Encoding, one by one: lists of them are slow."""
     batch = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, **settings)
     return batch["input_ids"], batch.encodings
+
+
+def _all(pieces: Iterator[list[R]], progress: Progress = silent) -> list[R]:
+    """The rows of all pieces."""
+    rows: list[R] = []
+    for piece in pieces:
+        rows += piece
+        progress(len(piece))
+    return rows
 
 
 def _one_ahead(work: Callable[[Sequence[Example]], R], examples: Sequence[Example]) -> Iterator[R]:
@@ -254,11 +266,8 @@ class CausalEncoder:
 
     def encode(self, examples: Sequence[Example], truncation: Truncation, progress: Progress = silent) -> list[Encoded]:
         """Training rows; every one ends with eos, which is learnt (or, where whole turns were cut, with its template's own end mark)."""
-        rows: list[Encoded] = []
-        for rendered, ids, encodings in _one_ahead(self._prepare, examples):
-            rows += [self._row(*parts, truncation) for parts in zip(rendered, ids, encodings, strict=True)]
-            progress(len(rendered))
-        return rows
+        prepared = _one_ahead(self._prepare, examples)
+        return _all(([self._row(*parts, truncation) for parts in zip(*whole, strict=True)] for whole in prepared), progress)
 
     def _row(self, rendered: _Rendered, tokens: list[int], encoding: Any, truncation: Truncation) -> Encoded:
         ids = array("i", tokens)
@@ -328,16 +337,19 @@ class CausalEncoder:
 
     def candidates(self, examples: Sequence[Example], progress: Progress = silent) -> list[Candidates]:
         """Every label of a labelled set as the answer to each example."""
-        scored: list[Candidates] = []
+        return _all(self.candidate_pieces(examples), progress)
+
+    def candidate_pieces(self, examples: Sequence[Example]) -> Iterator[list[Candidates]]:
+        """`candidates`, CHUNK examples at a time."""
         k, eos = len(self.label_names), self.eos
         for chunk, rendered, ids, encodings in _one_ahead(self._prepare_candidates, examples):
+            scored = []
             for i, example in enumerate(chunk):
                 group = [self._candidate(rendered[j], ids[j], encodings[j], self.label_names[j % k]) for j in range(i * k, i * k + k)]
                 longest = max(len(ids) - start for ids, start in group)  # all labels follow the same prompt, however long they are
                 group = [self._fit(ids, start, self.max_length - longest) for ids, start in group]
                 scored.append(_fewest_sequences(group, -1 if example.label is None else example.label, eos))
-            progress(len(chunk))
-        return scored
+            yield scored
 
     def _prepare_candidates(self, chunk: Sequence[Example]) -> tuple[Sequence[Example], list[_Rendered], list[list[int]], list[Any]]:
         conversations = [[Message("user", e.prompt), Message("assistant", name)] for e in chunk for name in self.label_names]

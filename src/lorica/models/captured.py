@@ -1,4 +1,4 @@
-"""Micro-steps captured as CUDA graphs: forward, backward and the sum into the gradients as one launch.
+"""Micro-steps captured as CUDA graphs: forward, backward and the sum into the gradients as one launch. Forwards that score, likewise.
 
 A step of a few thousand tokens costs the host more time to launch than the GPU to run. What is captured is the module's own step on a
 batch of a fixed `Shape`; a replay reads the batch from the tensors that were captured. Random draws of a replay follow from the seed
@@ -7,6 +7,7 @@ that the device's generator has then, as they do without capture.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 WARM_UP = 2  # runs before the capture, for what is allocated or compiled once
+IN_FLIGHT = 3  # batches on their way to the device
 
 
 class CapturedSteps:
@@ -66,9 +68,7 @@ class CapturedSteps:
     def replay(self, batch: dict[str, Any]) -> torch.Tensor:
         """Run the step on a batch: its gradients are added, its summed loss is returned (a tensor of its own)."""
         step = self._steps[batch["input_ids"].numel()]
-        for name, place in step.batch.items():
-            if isinstance(place, torch.Tensor):
-                place.copy_(batch[name], non_blocking=True)
+        _put(step.batch, batch)
         step.weight.fill_(batch["weight"] / self._accumulate)
         step.graph.replay()
         return step.total.clone()
@@ -78,7 +78,7 @@ class _Step:
     """One graph with the tensors that it reads and writes."""
 
     def __init__(self, batch: dict[str, Any]) -> None:
-        self.batch = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        self.batch = _own(batch)
         self.weight = torch.zeros((), device=batch["input_ids"].device)
         self.graph = torch.cuda.CUDAGraph()
         self.total = torch.zeros(())
@@ -88,3 +88,63 @@ class _Step:
             total = loss_sum(self.batch)
         (total * self.weight).backward()
         self.total = total.detach()
+
+
+class CapturedScores:
+    """A forward that scores batches of one size, captured. A call may return before the batch has been read.
+
+    Args:
+        score: [rows, labels] of a batch on the device, which is not waited for. batch: of that size.
+    """
+
+    def __init__(self, score: Callable[[dict[str, Any]], torch.Tensor], batch: dict[str, Any]) -> None:
+        self._batch = _own(batch)
+        self._hosts = itertools.cycle([(_pinned(batch), torch.cuda.Event()) for _ in range(IN_FLIGHT)])
+        self._graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                score(self._batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self._graph, stream=stream):
+            self._scores = score(self._batch)
+
+    def __call__(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Its scores (a tensor of their own) of a batch in host memory."""
+        host, read = next(self._hosts)
+        read.synchronize()
+        _put(host, batch)
+        _put(self._batch, host)
+        read.record()
+        self._graph.replay()
+        return self._scores.clone()
+
+
+def waits_for_the_device(run: Callable[[], Any]) -> bool:
+    """Whether what is run waits for the GPU, and so can't be captured; a capture that fails is not undone (pytorch#190348)."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as e:
+        if "synchroniz" not in str(e):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+def _own(batch: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def _pinned(batch: dict[str, Any]) -> dict[str, Any]:
+    return {k: torch.empty(v.shape, dtype=v.dtype, pin_memory=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+
+
+def _put(places: dict[str, Any], batch: dict[str, Any]) -> None:
+    """The tensors of a batch where others of the same sizes are."""
+    for name, place in places.items():
+        if isinstance(place, torch.Tensor):
+            place.copy_(batch[name], non_blocking=True)

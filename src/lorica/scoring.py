@@ -1,0 +1,175 @@
+"""The labels' log-probabilities of many texts: batches of like lengths, or, of small encoders on a GPU, batches of one size that are
+captured and filled as the texts are encoded."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorica.data.batching import cut_batches
+from lorica.data.collate import collate_candidates, collate_classifier, fill
+from lorica.data.encoding import CausalEncoder, ClassifierEncoder, Encoded, Truncation
+from lorica.data.examples import Example
+from lorica.data.shapes import Shape
+from lorica.models.captured import CapturedScores, waits_for_the_device
+from lorica.models.module import LoricaModule
+from lorica.models.sequence_classifier import SequenceClassifierModule
+from lorica.models.trained import Trained
+
+BATCH = 32  # texts at once
+ELEMENTS = 1 << 26  # of the hidden states of texts at once on a GPU: 16,384 tokens of Mistral-7B
+LETTERS = 4  # to a token, about
+CAPTURED_TOKENS = 32768  # of a captured batch
+CAPTURED_ROWS = 4096  # texts to score, from which on a capture is worth it: it takes as long as some thousand of them
+CAPTURED_LENGTH = 512  # tokens that a text in one may have at most
+SPARE = 1.25  # times as many rows as texts of the first lengths would be: shorter ones may come
+
+
+def uncounted(n: int) -> None:
+    """Nobody asked how far it is."""
+
+
+class Scorer:
+    """Scores texts with one trained model.
+
+    Args:
+        module: around the trained model. encoder: makes of a text what the model reads.
+    """
+
+    def __init__(self, trained: Trained, module: LoricaModule, encoder: ClassifierEncoder | CausalEncoder) -> None:
+        self.trained, self.module, self.encoder = trained, module, encoder
+        self._pad_id = int(trained.tokenizer.pad_token_id)
+        self._tokens = ELEMENTS // trained.model.config.get_text_config().hidden_size
+        self._captured: CapturedScores | None = None
+        self._shape = Shape(0, 0, 0, 0)
+        self._can_capture = (
+            isinstance(encoder, ClassifierEncoder)
+            and trained.model.device.type == "cuda"
+            and not trained.padded
+            and self._tokens >= CAPTURED_TOKENS
+            and encoder.max_length <= CAPTURED_LENGTH
+        )
+
+    def warm_up(self, examples: Sequence[Example], batch_size: int | None) -> None:
+        """On a GPU, score about a batch of these, for what a first forward loads and allocates; capture what will be replayed."""
+        if self.trained.model.device.type != "cuda":
+            return
+        letters = itertools.accumulate(len(e.text or e.prompt) for e in examples)
+        few = [e for e, n in zip(examples, letters, strict=True) if n < self._tokens * LETTERS] or examples[:1]
+        self._score(few, batch_size, uncounted, self._captures(len(examples)))
+
+    def score(
+        self, examples: Sequence[Example], batch_size: int | None = None, done: Callable[[int], None] = uncounted
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        """(log-probabilities [N, labels] on the device, in the order of the batches; where each example's are, [N]).
+
+        Args:
+            batch_size: None: BATCH, or by tokens on a GPU. done: called with the size of each batch on its way.
+        """
+        return self._score(examples, batch_size, done, self._captures(len(examples)))
+
+    @torch.inference_mode()
+    def _score(
+        self, examples: Sequence[Example], batch_size: int | None, done: Callable[[int], None], captured: bool
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        encoder = self.encoder
+        if not isinstance(encoder, ClassifierEncoder):
+            return self._by_length(encoder.candidates(examples), batch_size, done)
+        pieces: Iterator[list[Encoded]] = encoder.pieces(examples, Truncation())
+        if captured and batch_size is None:
+            first = next(pieces)
+            pieces = itertools.chain([first], pieces)
+            if self._captured is not None or self._capture(first):
+                return self._streamed(pieces, done)
+        return self._by_length(list(itertools.chain.from_iterable(pieces)), batch_size, done)
+
+    # ---------------------------------------------------------------------------------------------------------- by length
+
+    def _by_length(self, items: Sequence[Any], batch_size: int | None, done: Callable[[int], None]) -> tuple[torch.Tensor, np.ndarray]:
+        device, padded = self.trained.model.device, self.trained.padded
+        by_tokens = batch_size is None and device.type == "cuda"
+        sizes = np.asarray([len(e.ids) if isinstance(e, Encoded) else sum(map(len, e.sequences)) for e in items])
+        order = [int(i) for i in np.argsort(-sizes, kind="stable")]
+        collate = collate_classifier if isinstance(self.encoder, ClassifierEncoder) else collate_candidates
+        batches = cut_batches(sizes, order, None if by_tokens else batch_size or BATCH, self._tokens, padded)
+        scores, waiting = [], batches[::-1]
+        while waiting:
+            group = waiting.pop()
+            try:
+                scores.append(self._scores(_to(device, collate([items[i] for i in group], self._pad_id, padded))))
+            except torch.cuda.OutOfMemoryError:
+                if len(group) == 1:
+                    raise
+                waiting += [group[len(group) // 2 :], group[: len(group) // 2]]
+                continue
+            done(len(group))
+        place = np.empty(len(items), np.int64)
+        place[order] = np.arange(len(items))
+        return torch.cat(scores), place
+
+    def _scores(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Of a batch on the device."""
+        with self.trained.arithmetic():
+            if isinstance(self.module, SequenceClassifierModule):
+                return self.module.logits(batch).log_softmax(-1)
+            scores: torch.Tensor = self.module.evaluate(batch)["scores"]
+        return scores
+
+    # ----------------------------------------------------------------------------------------------------------- captured
+
+    def _captures(self, examples: int) -> bool:
+        """Whether so many are scored by a captured forward; a chunk's batches are to follow from the chunk alone."""
+        return self._can_capture and examples >= CAPTURED_ROWS
+
+    def _streamed(self, pieces: Iterable[list[Encoded]], done: Callable[[int], None]) -> tuple[torch.Tensor, np.ndarray]:
+        """In the order of the examples: nothing is padded, and the GPU has a batch to do while the next texts are tokenised.
+
+        Encoding stays on this thread, but for the tokenizer's own work: two threads of Python would wait for its lock by turns.
+        """
+        scores: list[torch.Tensor] = []
+        for rows in self._full(itertools.chain.from_iterable(pieces)):
+            batch = collate_classifier(rows, self._pad_id, padded=False)
+            assert self._captured is not None
+            scores.append(self._captured(fill(batch, self._shape, self._pad_id))[: len(rows)])
+            done(len(rows))
+        whole = torch.cat(scores)
+        return whole, np.arange(len(whole))
+
+    def _full(self, items: Iterable[Encoded]) -> Iterator[list[Encoded]]:
+        """Batches that are as full as the captured one can be."""
+        rows: list[Encoded] = []
+        tokens = 0
+        for item in items:
+            if tokens + len(item.ids) > self._shape.tokens or len(rows) == self._shape.targets:
+                yield rows
+                rows, tokens = [], 0
+            rows.append(item)
+            tokens += len(item.ids)
+        yield rows
+
+    def _capture(self, items: Sequence[Encoded]) -> bool:
+        """Capture the forward for batches of texts as long as these; or don't, from now on."""
+        lengths = [len(e.ids) for e in items]
+        rows = int(SPARE * CAPTURED_TOKENS * len(items) / sum(lengths))
+        longest = self.encoder.max_length
+        self._shape = Shape(CAPTURED_TOKENS, rows + CAPTURED_TOKENS // longest + 1, rows, longest)
+        batch = collate_classifier(next(self._full(items)), self._pad_id, padded=False)
+        batch = _to(self.trained.model.device, fill(batch, self._shape, self._pad_id))
+        try:
+            self._scores(batch)  # what is loaded once may wait for the device
+            if not waits_for_the_device(lambda: self._scores(batch)):
+                self._captured = CapturedScores(self._scores, batch)
+        except torch.cuda.OutOfMemoryError:
+            pass
+        self._can_capture = self._captured is not None
+        return self._can_capture
+
+
+def _to(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
+    if device.type != "cuda":
+        return batch
+    return {k: v.pin_memory().to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
