@@ -72,7 +72,7 @@ def varlen_attention(
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ValueError("this architecture's attention has soft caps or sinks: model.attn_implementation=eager")
     assert cu_seq_lens_q is not None and max_length_q is not None and query.shape[0] == 1
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, D]; x[0]'s gradient would be a copy
     q, k = q.to(v.dtype), k.to(v.dtype)  # rotary embeddings leave fp32 where the weights are fp32
     causal = getattr(module, "is_causal", True)
     window = sliding_window if causal and sliding_window is not None and max_length_q > sliding_window else None

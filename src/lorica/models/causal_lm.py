@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from lorica.kernels.loss import draws, head_cross_entropy, tile_rows
 from lorica.models.generation import greedy, stop_tokens
-from lorica.models.module import LoricaModule, flat_inputs
+from lorica.models.module import LoricaModule, at_places, flat_inputs
 
 # Configuration values by which some architectures change their logits after the head: Cohere, Granite, Gemma, RecurrentGemma,
 # Falcon-H1, xLSTM.
@@ -46,7 +46,7 @@ class CausalLMModule(LoricaModule):
     def _hidden_at(self, batch: dict[str, Any]) -> torch.Tensor:
         """What the head reads at `predict_at`: [S, H]."""
         hidden: torch.Tensor = self.whole.get_decoder()(**_inputs(batch)).last_hidden_state
-        return hidden.flatten(0, 1)[batch["predict_at"]]
+        return at_places(hidden, batch["predict_at"])
 
     def _scales_logits(self) -> bool:
         """Whether the architecture does more after its head than we would."""

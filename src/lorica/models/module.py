@@ -213,6 +213,15 @@ class LoricaModule(LightningModule):
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
 
+def at_places(hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """[S, H] of hidden states [B, T, H] at places int64 [S] in the flattened [B * T].
+
+    By index_select, whose gradient is added place by place: that of an index is sorted first. Places that are named more than once,
+    those of fillers, have gradients of zero, so that the order of the sums changes no bit.
+    """
+    return hidden.flatten(0, 1).index_select(0, places)
+
+
 def flat_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """A flat batch in the names that transformers passes on to attention."""
     ends, longest = batch["cu_seqlens"], batch["max_seqlen"]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lorica.kernels import attention
-from lorica.models.module import LoricaModule, flat_inputs
+from lorica.models.module import LoricaModule, at_places, flat_inputs
 from lorica.models.soft_labels import SoftLabels
 
 _FIRST_TOKEN = ("roberta", "xlm-roberta", "camembert")  # their heads read the first token's features; positions begin after padding_idx
@@ -54,13 +54,14 @@ class SequenceClassifierModule(LoricaModule):
         kind, body, ends = pooling(whole.config), whole.base_model, batch["cu_seqlens"].long()
         rows = len(batch["labels"])  # fillers come after them
         if kind == "last":
-            last: torch.Tensor = whole.score(body(**inputs, use_cache=False).last_hidden_state[0, ends[1 : rows + 1] - 1])
+            hidden = body(**inputs, use_cache=False).last_hidden_state
+            last: torch.Tensor = whole.score(at_places(hidden, ends[1 : rows + 1] - 1))
             return last
         if kind == "first":
             inputs["position_ids"] = batch["position_ids"] + body.embeddings.padding_idx + 1
         inputs["token_type_ids"] = torch.zeros_like(batch["input_ids"])
         at = ends[:rows].clamp(max=batch["input_ids"].numel() - 1)  # an empty sequence has no first token
-        first = body(**inputs).last_hidden_state[0, at][:, None]  # [B, 1, H]
+        first = at_places(body(**inputs).last_hidden_state, at)[:, None]  # [B, 1, H]
         logits: torch.Tensor = whole.classifier(first if kind == "first" else whole.dropout(body.pooler(first)))
         return logits
 
