@@ -38,10 +38,10 @@ class Predictor:
         self.threshold = _threshold(trained, target_risk)
         self.scorer = Scorer(trained, self.module, self.encoder)
 
-    def warm_up(self, examples: Sequence[Example], batch_size: int | None) -> None:
-        """Before labels of these examples are scored."""
+    def warm_up(self, examples: Sequence[Example], batch_size: int | None, total: int) -> None:
+        """Before so many examples are answered, of which these are the first."""
         if self.labels and examples:
-            self.scorer.warm_up(examples, batch_size)
+            self.scorer.warm_up(examples, batch_size, total)
 
     def answer(self, examples: Sequence[Example], batch_size: int | None = None, done: Callable[[int], None] = uncounted) -> list[Answer]:
         """Answers in the order of the examples; as `begin`."""

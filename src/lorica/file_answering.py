@@ -6,6 +6,7 @@ batches are made follows from the file and the settings alone, so that the outpu
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -88,7 +89,8 @@ def answer_chunks(job: Job, predictor: Predictor, wanted: Sequence[int], done: C
         job.parts.keep(None, layout.head())
     first = list(itertools.islice(chunks, 1))
     for chunk in first:
-        predictor.warm_up(list(chunk.examples.values()), size)
+        predictor.warm_up(list(chunk.examples.values()), size, job.survey.answerable)
+    gc.freeze()  # a search through all that is loaded for garbage would take as long as thousands of rows
     begun = time.perf_counter()
     all_chunks = itertools.chain(first, chunks)
     del first

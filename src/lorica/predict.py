@@ -12,7 +12,7 @@ from lorica.durable import DiskFull, sha256
 from lorica.screen import Screen, duration, quiet_libraries
 from lorica.signals import EXIT_CODE, Interrupted, Stop
 
-SCORED_ROWS, WRITTEN_ROWS = {"cuda": 8192}, 512  # of a chunk: by device where labels are scored, and where texts are written
+SCORED_ROWS, WRITTEN_ROWS = {"cuda": 4096}, 512  # of a chunk: by device where labels are scored, and where texts are written
 LARGE = 1 << 28  # bytes of a file that takes a while to be looked through
 
 quiet_libraries()

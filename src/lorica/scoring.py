@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ BATCH = 32  # texts at once
 ELEMENTS = 1 << 26  # of the hidden states of texts at once on a GPU: 16,384 tokens of Mistral-7B
 LETTERS = 4  # to a token, about
 CAPTURED_TOKENS = 32768  # of a captured batch
-CAPTURED_ROWS = 4096  # texts to score, from which on a capture is worth it: it takes as long as some thousand of them
+CAPTURED_ROWS = 4096  # texts in all, from which on a capture is worth it: it takes as long as some thousand of them
 CAPTURED_LENGTH = 512  # tokens that a text in one may have at most
 SPARE = 1.25  # times as many rows as texts of the first lengths would be: shorter ones may come
 
@@ -38,6 +39,9 @@ class Scorer:
 
     Args:
         module: around the trained model. encoder: makes of a text what the model reads.
+
+    Attributes:
+        can_capture: a forward may be captured: a small encoder's, on a GPU, whose batches need no padding.
     """
 
     def __init__(self, trained: Trained, module: LoricaModule, encoder: ClassifierEncoder | CausalEncoder) -> None:
@@ -46,7 +50,7 @@ class Scorer:
         self._tokens = ELEMENTS // trained.model.config.get_text_config().hidden_size
         self._captured: CapturedScores | None = None
         self._shape = Shape(0, 0, 0, 0)
-        self._can_capture = (
+        self.can_capture = (
             isinstance(encoder, ClassifierEncoder)
             and trained.model.device.type == "cuda"
             and not trained.padded
@@ -54,14 +58,21 @@ class Scorer:
             and encoder.max_length <= CAPTURED_LENGTH
         )
 
-    def warm_up(self, examples: Sequence[Example], batch_size: int | None) -> None:
-        """On a GPU, score about a batch of these, for what a first forward loads and allocates; capture what will be replayed."""
+    def warm_up(self, examples: Sequence[Example], batch_size: int | None, total: int) -> None:
+        """On a GPU, score about a batch of these, for what a first forward loads and allocates.
+
+        Args:
+            total: how many will be scored in all; by that alone it is decided whether a forward is captured for them.
+        """
         if self.trained.model.device.type != "cuda":
             return
         letters = itertools.accumulate(len(e.text or e.prompt) for e in examples)
         few = [e for e, n in zip(examples, letters, strict=True) if n < self._tokens * LETTERS] or examples[:1]
-        self._score(few, batch_size, uncounted, self._captures(len(examples)))
+        if self.can_capture and batch_size is None and total >= CAPTURED_ROWS:
+            self.capture(few)
+        self.score(few, batch_size)
 
+    @torch.inference_mode()
     def score(
         self, examples: Sequence[Example], batch_size: int | None = None, done: Callable[[int], None] = uncounted
     ) -> tuple[torch.Tensor, np.ndarray]:
@@ -70,22 +81,12 @@ class Scorer:
         Args:
             batch_size: None: BATCH, or by tokens on a GPU. done: called with the size of each batch on its way.
         """
-        return self._score(examples, batch_size, done, self._captures(len(examples)))
-
-    @torch.inference_mode()
-    def _score(
-        self, examples: Sequence[Example], batch_size: int | None, done: Callable[[int], None], captured: bool
-    ) -> tuple[torch.Tensor, np.ndarray]:
         encoder = self.encoder
         if not isinstance(encoder, ClassifierEncoder):
             return self._by_length(encoder.candidates(examples), batch_size, done)
-        pieces: Iterator[list[Encoded]] = encoder.pieces(examples, Truncation())
-        if captured and batch_size is None:
-            first = next(pieces)
-            pieces = itertools.chain([first], pieces)
-            if self._captured is not None or self._capture(first):
-                return self._streamed(pieces, done)
-        return self._by_length(list(itertools.chain.from_iterable(pieces)), batch_size, done)
+        if self._captured is not None and batch_size is None:
+            return self._streamed(self._captured, encoder.pieces(examples, Truncation()), done)
+        return self._by_length(encoder.encode(examples, Truncation()), batch_size, done)
 
     # ---------------------------------------------------------------------------------------------------------- by length
 
@@ -121,11 +122,9 @@ class Scorer:
 
     # ----------------------------------------------------------------------------------------------------------- captured
 
-    def _captures(self, examples: int) -> bool:
-        """Whether so many are scored by a captured forward; a chunk's batches are to follow from the chunk alone."""
-        return self._can_capture and examples >= CAPTURED_ROWS
-
-    def _streamed(self, pieces: Iterable[list[Encoded]], done: Callable[[int], None]) -> tuple[torch.Tensor, np.ndarray]:
+    def _streamed(
+        self, captured: CapturedScores, pieces: Iterable[list[Encoded]], done: Callable[[int], None]
+    ) -> tuple[torch.Tensor, np.ndarray]:
         """In the order of the examples: nothing is padded, and the GPU has a batch to do while the next texts are tokenised.
 
         Encoding stays on this thread, but for the tokenizer's own work: two threads of Python would wait for its lock by turns.
@@ -133,8 +132,7 @@ class Scorer:
         scores: list[torch.Tensor] = []
         for rows in self._full(itertools.chain.from_iterable(pieces)):
             batch = collate_classifier(rows, self._pad_id, padded=False)
-            assert self._captured is not None
-            scores.append(self._captured(fill(batch, self._shape, self._pad_id))[: len(rows)])
+            scores.append(captured(fill(batch, self._shape, self._pad_id))[: len(rows)])
             done(len(rows))
         whole = torch.cat(scores)
         return whole, np.arange(len(whole))
@@ -151,22 +149,19 @@ class Scorer:
             tokens += len(item.ids)
         yield rows
 
-    def _capture(self, items: Sequence[Encoded]) -> bool:
-        """Capture the forward for batches of texts as long as these; or don't, from now on."""
-        lengths = [len(e.ids) for e in items]
-        rows = int(SPARE * CAPTURED_TOKENS * len(items) / sum(lengths))
-        longest = self.encoder.max_length
+    @torch.inference_mode()
+    def capture(self, examples: Sequence[Example]) -> None:
+        """Capture the forward for batches of texts as long as these, where that can be."""
+        assert isinstance(self.encoder, ClassifierEncoder)
+        items, longest = self.encoder.encode(examples, Truncation()), self.encoder.max_length
+        rows = int(SPARE * CAPTURED_TOKENS * len(items) / sum(len(e.ids) for e in items))
         self._shape = Shape(CAPTURED_TOKENS, rows + CAPTURED_TOKENS // longest + 1, rows, longest)
         batch = collate_classifier(next(self._full(items)), self._pad_id, padded=False)
         batch = _to(self.trained.model.device, fill(batch, self._shape, self._pad_id))
-        try:
+        with suppress(torch.cuda.OutOfMemoryError):
             self._scores(batch)  # what is loaded once may wait for the device
             if not waits_for_the_device(lambda: self._scores(batch)):
                 self._captured = CapturedScores(self._scores, batch)
-        except torch.cuda.OutOfMemoryError:
-            pass
-        self._can_capture = self._captured is not None
-        return self._can_capture
 
 
 def _to(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:

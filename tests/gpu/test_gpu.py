@@ -295,8 +295,9 @@ def test_captured_forwards_score_as_launched_ones_and_alike_each_time(
     examples = [Example("", text=f"{text} {i}") for i in range(5) for text in texts[: 20 * (i + 1)]]
     predictor = Predictor(load_trained(run, torch.device("cuda", 0)))
     launched, place = predictor.scorer.score(examples)
-    monkeypatch.setattr(scoring, "CAPTURED_ROWS", 100)
     monkeypatch.setattr(scoring, "CAPTURED_TOKENS", 4096)
+    assert predictor.scorer.can_capture
+    predictor.scorer.capture(examples[:20])
     captured, order = predictor.scorer.score(examples)
     assert predictor.scorer._captured is not None and order.tolist() == list(range(len(examples)))
     torch.testing.assert_close(captured, launched[torch.from_numpy(place)], rtol=0, atol=0.02)

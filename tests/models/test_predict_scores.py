@@ -155,17 +155,16 @@ def test_captured_batches_have_the_same_answers(encoder: Trained, monkeypatch: p
     monkeypatch.setattr(scoring, "CapturedScores", Replayed)
     monkeypatch.setattr(scoring, "waits_for_the_device", lambda run: run() is None)
     monkeypatch.setattr(scoring, "CAPTURED_TOKENS", 96)
-    monkeypatch.setattr(scoring, "CAPTURED_ROWS", 80)
     counted: list[int] = []
     predictor = Predictor(encoder)
-    predictor.scorer._can_capture = True
+    predictor.scorer.capture(examples[:16])
     torch.testing.assert_close(_rows(predictor.answer(examples, done=counted.append)), expected, rtol=1e-4, atol=1e-5)
     made = predictor.scorer._captured
     assert isinstance(made, Replayed) and made.calls == len(counted) > 10 and sum(counted) == len(examples)
     assert max(counted) == predictor.scorer._shape.targets  # rows ran out before tokens did
-    few = _rows(predictor.answer(examples[:79]))  # not worth it
+    of_seven = _rows(predictor.answer(examples, 7))  # a size that was asked for
     assert made.calls == len(counted)
-    torch.testing.assert_close(few, expected[:79], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(of_seven, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("varlen_on_cpu")
@@ -176,11 +175,9 @@ def test_a_forward_that_waits_for_the_device_is_not_captured(encoder: Trained, m
     encoder.padded = False
     monkeypatch.setattr(scoring, "CapturedScores", None)
     monkeypatch.setattr(scoring, "waits_for_the_device", lambda run: run() is not None)
-    monkeypatch.setattr(scoring, "CAPTURED_ROWS", 1)
     predictor = Predictor(encoder)
-    predictor.scorer._can_capture = True
+    predictor.scorer.capture(examples)
     torch.testing.assert_close(_rows(predictor.answer(examples)), expected, rtol=1e-4, atol=1e-5)
-    assert not predictor.scorer._can_capture
 
 
 def test_the_label_that_a_text_has_or_lacks_changes_nothing(trained: Trained) -> None:
