@@ -123,8 +123,8 @@ class ModelConfig:
     )
     attn_implementation: str = key(
         "auto",
-        "attention kernel; auto: varlen (sequences end to end, no padding) where the GPU and torch have it, else sdpa; on CPUs shown as dense: the same, with dropout drawn faster",
-        choices=("auto", "varlen", "sdpa", "eager", "flash_attention_2"),
+        "attention kernel; auto: varlen (sequences end to end, no padding) where the GPU and torch have it, else sdpa; on CPUs shown as dense: the same, with dropout drawn faster; flash_attention_3 and _4: varlen by that package, which must be installed",
+        choices=("auto", "varlen", "flash_attention_3", "flash_attention_4", "sdpa", "eager", "flash_attention_2"),
     )
     recommended: RecommendedSettings = key(RecommendedSettings)
     use_chat_template: bool = key(True, "write prompts with the tokenizer's chat template where it has one (causal models)")

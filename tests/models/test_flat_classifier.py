@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorica.config import OptimizerConfig
+from lorica.config import ConfigError, OptimizerConfig
 from lorica.data.collate import collate_classifier, fill
 from lorica.data.encoding import Encoded
 from lorica.data.shapes import Shape
@@ -58,3 +58,25 @@ def test_an_architecture_that_is_not_known_is_padded() -> None:
     from transformers import DistilBertConfig, GPT2Config
 
     assert pooling(DistilBertConfig()) is None and pooling(GPT2Config()) is None
+
+
+def test_another_flash_attention_is_used_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorica.kernels import varlen
+    from lorica.models import base
+
+    asked: list[str] = []
+    monkeypatch.setattr(attention, "varlen_available", lambda device: True)
+    monkeypatch.setattr(attention, "_only_torchs", False)
+    arguments = (_config("roberta"), "sequence_classification", torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"(?s)flash_attention_4.*torch can.t use it here .*install that package"):
+        base.attention_name("flash_attention_4", *arguments, torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"flash_attention_3.*needs bf16 or fp16"):
+        base.attention_name("flash_attention_3", *arguments, torch.float32)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", asked.append)
+    monkeypatch.setattr(varlen, "covers", lambda *_: True)
+    monkeypatch.setattr(varlen, "attention", lambda *_: "ours")
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda q, *_, **__: q)
+    x, ends = torch.zeros(4, 2, 8), torch.tensor([0, 4], dtype=torch.int32)
+    assert attention._varlen(x, x, x, ends, 4, False, None, 8**-0.5) == "ours"
+    assert base.attention_name("flash_attention_3", *arguments, torch.bfloat16) == attention.VARLEN and asked == ["FA3"]
+    assert isinstance(attention._varlen(x, x, x, ends, 4, False, None, 8**-0.5), torch.Tensor)

@@ -16,6 +16,9 @@ from lorica.kernels import varlen
 
 VARLEN = "lorica_varlen"
 DENSE = "lorica_dense"
+INSTALLED = {"flash_attention_3": "FA3", "flash_attention_4": "FA4"}  # packages that torch's kernel can be of, by torch's names
+
+_only_torchs = False  # no kernel of our own
 
 
 def varlen_available(device: torch.device) -> bool:
@@ -27,6 +30,19 @@ def varlen_available(device: torch.device) -> bool:
     except ImportError:
         return False
     return True
+
+
+def use_installed(name: str) -> None:
+    """Let variable-length attention be one of INSTALLED, in this process: torch puts it in its own kernel's place for all that it runs.
+
+    Raises:
+        ImportError: it is not installed. RuntimeError, ValueError: this torch or this GPU can't use it.
+    """
+    global _only_torchs
+    from torch.nn import attention as torchs
+
+    torchs.activate_flash_attention_impl(INSTALLED[name])
+    _only_torchs = True
 
 
 def _varlen_parameters() -> frozenset[str]:
@@ -84,7 +100,7 @@ def _varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int, causal: bool, window: int | None, scale: float
 ) -> torch.Tensor:
     """[T, heads, D] each, sequences between `ends`: by our own kernel or by torch's."""
-    if varlen.covers(q, longest, window):
+    if not _only_torchs and varlen.covers(q, longest, window):
         return varlen.attention(q, k, v, ends, longest, causal, scale)
     from torch.nn.attention.varlen import varlen_attn
 

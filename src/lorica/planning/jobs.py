@@ -75,7 +75,8 @@ def batches(config: TrainConfig, lengths: Lengths | None, flat: bool) -> Batches
 
 def runs_flat(config: TrainConfig, card: Card) -> bool:
     """Whether batches lie end to end: variable-length attention in bf16."""
-    return card.bf16 and config.trainer.precision in ("auto", "bf16-mixed") and config.model.attn_implementation in ("auto", "varlen")
+    flat = ("auto", "varlen", "flash_attention_3", "flash_attention_4")
+    return card.bf16 and config.trainer.precision in ("auto", "bf16-mixed") and config.model.attn_implementation in flat
 
 
 def job_of(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | None) -> tuple[Job, Batches]:
