@@ -28,7 +28,7 @@ test: $(STAMP)  ## every test that needs no GPU: two at a time, those that measu
 	$(BIN)/python -m pytest -m "alone and not gpu"
 
 faults: $(STAMP)  ## every fault test, and 100 runs killed at random moments that must end as if nothing had happened
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest tests/faults tests/run/test_ranks.py
 	$(BIN)/python tests/faults/kills.py --trials 100 --seed 0
 
 test-gpu: $(STAMP)  ## the tests that need an NVIDIA GPU

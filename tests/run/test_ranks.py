@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +70,40 @@ def test_a_wrong_number_of_processes_is_refused(tmp_path: Path) -> None:
     done = subprocess.run([*command, *SMALL, *PLAIN], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "trainer.devices=1: 2 processes were started from outside" in done.stderr
+
+
+def _ends(run: Path) -> tuple[bytes, list[dict[str, str]]]:
+    """The adapter's bytes, and the log without its rates."""
+    with (run / "metrics.csv").open() as file:
+        rows = [{k: v for k, v in row.items() if "per_second" not in k} for row in csv.DictReader(file)]
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes(), rows
+
+
+@pytest.mark.faults
+def test_two_processes_that_are_stopped_and_killed_go_on_to_the_same_bits(tmp_path: Path) -> None:
+    """Rank 0 is asked to stop, and all stop after the same step; what goes on is killed with all its ranks, and goes on again."""
+    more = (*BATCHES, "model.lora.lora_dropout=0.1", "trainer.checkpoint_every_n_steps=1", "trainer.max_epochs=3", "resume=auto")
+    _train(tmp_path / "straight", *more, processes=2)
+    run = tmp_path / "stopped"
+    two = ("trainer.devices=2", "trainer.strategy=ddp")
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *PLAIN, *two, *more, f"run_dir={run}"]
+
+    def broken_off(after: int, how: signal.Signals, group: bool) -> tuple[int, str]:
+        """Start or go on, and end it once a state of that step or a later one is there."""
+        with (tmp_path / "log").open("w") as log:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True)
+            deadline = time.monotonic() + 150
+            while not any(int(p.name.split(".")[0].removeprefix("step-")) >= after for p in run.glob("checkpoints/step-*.ckpt")):
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+                time.sleep(0.02)
+            (os.killpg if group else os.kill)(process.pid, how)
+            return process.wait(60), (tmp_path / "log").read_text()
+
+    code, said = broken_off(3, signal.SIGTERM, group=False)
+    assert code == 75, said[-3000:]
+    code, said = broken_off(8, signal.SIGKILL, group=True)
+    assert code == -signal.SIGKILL and not (run / "metrics.json").exists()
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert _ends(run) == _ends(tmp_path / "straight")
