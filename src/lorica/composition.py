@@ -87,6 +87,7 @@ def compose_tree(verb: str, args: Sequence[str], config_dir: str | None = None) 
         values = [*((k, v) for k, v in values if k != "resume"), ("resume", _as_text(str(folder))), ("run_dir", _as_text(str(folder)))]
     else:
         loaded = _compose_yaml(verb, groups, config_dir)
+        _check_recipe(groups, [name for name, _ in values], loaded, config_dir)
     try:
         schema = _schema(verb, loaded)
     except Exception as e:
@@ -312,6 +313,18 @@ def _compose_yaml(verb: str, groups: list[str], config_dir: str | None) -> Any:
             return hydra_compose(verb, overrides=[*groups, *search])
     except Exception as e:
         raise _translate(e) from None
+
+
+def _check_recipe(groups: list[str], names: list[str], loaded: Any, config_dir: str | None) -> None:
+    """Refuse a recipe whose adapter's settings would give an adapter to a model that was chosen for having none."""
+    recipes = [g for g in groups if g.lstrip("+").startswith("experiment=")]
+    chosen = any(g.startswith("model=") for g in groups) and not any(f"{n}.".startswith("model.lora.") for n in names)
+    if not (recipes and chosen and loaded.model.get("lora") is not None):
+        return
+    alone = _compose_yaml("train", [g for g in groups if g not in recipes], config_dir).model
+    if alone.get("lora") is None:
+        recipe, rule = recipes[-1].lstrip("+"), f"gives model={alone.name} an adapter, which that model is without"
+        raise ConfigError("experiment", recipe.partition("=")[2], rule, "model.lora=null, or a model with an adapter")
 
 
 def _read_plainly() -> None:
