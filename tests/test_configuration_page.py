@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lorica import config
-from lorica.composition import conf_dir, schema_keys
 from lorica.configuration_page import page
+from lorica.options import conf_dir, schema_keys
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 SCHEMAS = [v for v in vars(config).values() if dataclasses.is_dataclass(v) and v.__module__ == config.__name__]  # not other packages'

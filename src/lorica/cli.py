@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lorica.checks import nearest, sibling
-from lorica.composition import complete, compose, compose_tree, group_options, register_plugins
+from lorica.composition import complete, compose, compose_tree
 from lorica.config import VERBS, CompareConfig, ConfigError, DoctorConfig, PlanConfig
+from lorica.options import group_options, register_plugins
 from lorica.secrets import redact
 
 FLAGS = ("help", "multirun", "cfg", "config-dir", "json")

@@ -1,4 +1,4 @@
-"""From groups and overrides to typed configuration. The only file that knows Hydra; torch loads after every check.
+"""From groups and overrides to typed configuration. Hydra is known here and in `options` and `mistakes`; torch loads after every check.
 
 Groups are composed by Hydra; dotted overrides are then applied one by one to the typed tree, so that each mistake is named by its
 own key with the nearest valid one.
@@ -6,30 +6,27 @@ own key with the nearest valid one.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import re
 import sys
 import typing
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lorica import plain_yaml
-from lorica.checks import ELSEWHERE, HOW_TO_GIVE, check, nearest
+from lorica.checks import HOW_TO_GIVE, check, nearest
 from lorica.config import (
     DATA_SCHEMAS,
     LOGGER_SCHEMAS,
     VERBS,
     ConfigError,
-    DataConfig,
     NotApplicable,
     PredictConfig,
     TrainConfig,
     fill_recommended,
 )
-from lorica.secrets import REDACTED, is_secret_name
+from lorica.mistakes import refuse_unknown, translate, type_rule
+from lorica.options import conf_dir, group_options, schema_keys
 from lorica.states import last_state
 
 OPTIONAL_GROUPS = ("experiment", "debug")  # null unless chosen
@@ -91,13 +88,13 @@ def compose_tree(verb: str, args: Sequence[str], config_dir: str | None = None) 
     try:
         schema = _schema(verb, loaded)
     except Exception as e:
-        raise _translate(e) from None
+        raise translate(e) from None
     try:
         tree = OmegaConf.merge(schema, loaded)
     except Exception as e:
         for name, value in typing.cast(dict[str, Any], OmegaConf.to_container(loaded)).items():
             _apply(schema, verb, str(name), value)  # one by one: says which key, its value and the nearest valid one
-        raise _translate(e) from None
+        raise translate(e) from None
     for name in OmegaConf.missing_keys(loaded):  # a recipe's ??? takes no default away in a merge
         OmegaConf.update(tree, name, "???")
     for name, value in values:
@@ -108,55 +105,6 @@ def compose_tree(verb: str, args: Sequence[str], config_dir: str | None = None) 
             OmegaConf.update(tree, licence, None)
     plain_yaml.check_tree(OmegaConf.to_container(tree))
     return tree
-
-
-# ----------------------------------------------------------------------------------------------- where options come from
-
-
-def conf_dir() -> Path:
-    """The YAML folder: beside the package in an installed wheel, else at the top of the clone."""
-    packaged = Path(__file__).resolve().parent / "conf"
-    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "conf"
-
-
-def register_plugins() -> None:
-    """Data modules of installed packages: their dataclass types and fills `data=NAME` (entry point `lorica.data_config`).
-
-    Raises:
-        ConfigError: a package's dataclass can't be used.
-    """
-    for plugin in entry_points(group="lorica.data_config"):
-        from hydra.core.config_store import ConfigStore
-
-        where = f"lorica.data_config:{plugin.name}"
-        try:
-            schema = plugin.load()
-        except Exception as e:
-            raise ConfigError(where, plugin.value, f"an installed package's data set can't be loaded ({e})", "pip uninstall it") from None
-        if not (isinstance(schema, type) and issubclass(schema, DataConfig)):
-            raise ConfigError(where, plugin.value, "must be a dataclass on lorica.config.DataConfig")
-        if DATA_SCHEMAS.setdefault(plugin.name, schema) is not schema:
-            raise ConfigError(where, plugin.value, f"data={plugin.name} exists already", "another name for the entry point")
-        ConfigStore.instance().store(group="data", name=plugin.name, node={"name": plugin.name, "module": plugin.name})
-
-
-def group_options(config_dir: str | None = None) -> dict[str, list[str]]:
-    """Options of each group, from the YAML folders and from installed packages.
-
-    Raises:
-        ConfigError: a file of `config_dir` has the name of one of ours, which Hydra would read in its place.
-    """
-    found: dict[str, set[str]] = {}
-    for file in conf_dir().glob("*/*.yaml"):
-        found.setdefault(file.parent.name, set()).add(file.stem)
-    for file in sorted(Path(config_dir).glob("*/*.yaml")) if config_dir else ():
-        group = file.parent.name
-        if file.stem in found.get(group, ()):
-            raise ConfigError("--config-dir", file, f"{group}={file.stem} is an option of ours", f"{file.with_stem('my_' + file.stem)}")
-        if group in found:
-            found[group].add(file.stem)
-    found["data"] |= set(DATA_SCHEMAS)  # a package's data set needs no YAML
-    return {group: sorted(options) for group, options in sorted(found.items())}
 
 
 def complete(verb: str, args: list[str]) -> int:
@@ -312,7 +260,7 @@ def _compose_yaml(verb: str, groups: list[str], config_dir: str | None) -> Any:
         with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=verb):
             return hydra_compose(verb, overrides=[*groups, *search])
     except Exception as e:
-        raise _translate(e) from None
+        raise translate(e) from None
 
 
 def _check_recipe(groups: list[str], names: list[str], loaded: Any, config_dir: str | None) -> None:
@@ -373,24 +321,10 @@ def _typed(tree: Any) -> Any:
             raise ConfigError(missing[0], None, "must be given", HOW_TO_GIVE.get(missing[0], f"{missing[0]}=..."))
         return OmegaConf.to_object(tree)
     except OmegaConfBaseException as e:
-        raise _translate(e) from None
+        raise translate(e) from None
 
 
 # ----------------------------------------------------------------------------------------------------- keys and mistakes
-
-
-@functools.cache
-def schema_keys(schema: type, prefix: str = "") -> dict[str, type]:
-    """Every dotted leaf under a dataclass, optional sub-dataclasses included, with the type that holds it."""
-    keys: dict[str, type] = {}
-    hints = typing.get_type_hints(schema)
-    for f in dataclasses.fields(schema):
-        inner = [t for t in (hints[f.name], *typing.get_args(hints[f.name])) if dataclasses.is_dataclass(t)]
-        if inner:
-            keys.update(schema_keys(typing.cast(type, inner[0]), f"{prefix}{f.name}."))
-        else:
-            keys[f"{prefix}{f.name}"] = schema
-    return keys
 
 
 def _known_keys(tree: Any, verb: str) -> list[str]:
@@ -411,7 +345,7 @@ def _apply(tree: Any, verb: str, name: str, value: Any) -> None:
     known = _known_keys(tree, verb)
     sections = {k.rpartition(".")[0] for k in known} - {""}
     if name not in known and name not in sections:
-        _refuse_unknown(name, value, known, tree, verb)
+        refuse_unknown(name, value, known, tree, verb)
     if name in sections and isinstance(value, dict):
         if OmegaConf.select(tree, name) is None:
             section, _, leaf = name.rpartition(".")
@@ -433,101 +367,4 @@ def _apply(tree: Any, verb: str, name: str, value: Any) -> None:
         if isinstance(OmegaConf.select(tree, name), bool) and str(value).isdigit() and int(value) > 1:
             raise ConfigError(name, value, "must be true or false")
     except OmegaConfBaseException as e:
-        raise ConfigError(name, value, _type_rule(e), "") from None
-
-
-def _refuse_unknown(name: str, value: Any, known: list[str], tree: Any, verb: str) -> NoReturn:
-    """No such key: say which one was meant, or which choice would bring it."""
-    if is_secret_name(name):
-        raise ConfigError(name, REDACTED, "secrets are never part of a configuration", "WANDB_API_KEY or HF_TOKEN in the environment")
-    groups = group_options() if verb == "train" else {}
-    if verb == "train":
-        for section, schemas in (("data", DATA_SCHEMAS), ("logger", LOGGER_SCHEMAS)):
-            owners = sorted(option for option, schema in schemas.items() if name in schema_keys(typing.cast(type, schema), f"{section}."))
-            if owners:
-                chosen = tree[section].name
-                raise NotApplicable(
-                    name, value, f"is a key of {section}={'|'.join(owners)}, not of {section}={chosen}", f"{section}={owners[0]}"
-                )
-    if "." not in name and nearest(name, groups) and name not in groups and isinstance(value, str):
-        group = nearest(name, groups)
-        raise ConfigError(name, value, f"there is no such group or key; groups are {', '.join(groups)}", f"{group}={value}")
-    leaf = name.rpartition(".")[2]
-    if isinstance(value, dict):
-        group = nearest(name, {k.rpartition(".")[0] for k in known} - {""})
-        raise ConfigError(name, None, "there is no such group of keys", f"{group}={{...}}" if group else f"lorica {verb} --help")
-    if leaf in ELSEWHERE and verb == "train":
-        ours = ELSEWHERE[leaf]
-        raise ConfigError(name, value, "there is no such key", ours if "=" in ours else f"{ours}=...")
-    near = _nearest_key(name, known)
-    raise ConfigError(name, value, "there is no such key", f"{near}={value}" if near else f"lorica {verb} --help")
-
-
-def _nearest_key(name: str, known: list[str]) -> str | None:
-    """The key with the same last part, else the one most like it: of the same section, then of any."""
-    section, _, leaf = name.rpartition(".")
-    leaves: dict[str, str] = {}  # last part -> key; this section's first, the models' recommendations last
-    for k in sorted(known, key=lambda k: (k.rpartition(".")[0] != section, ".recommended." in k)):
-        leaves.setdefault(k.rpartition(".")[2], k)
-    if leaf in leaves:
-        return leaves[leaf]
-    own = [last for last, k in leaves.items() if k.rpartition(".")[0] == section]
-    if not own and (whole := nearest(name, known)):
-        return whole
-    near = nearest(leaf, own) or nearest(leaf, leaves)
-    return leaves[near] if near else None
-
-
-def _type_rule(error: Exception) -> str:
-    text = str(error).splitlines()[0]
-    for python, words in (
-        ("Integer", "a whole number"),
-        ("Float", "a number"),
-        ("Boolean", "true or false"),
-        ("String", "a text"),
-        ("List", "a list"),
-    ):
-        if f"to {python}" in text:
-            return f"must be {words}"
-    if "valid bool" in text:
-        return "must be true or false"
-    if "Union" in text:
-        return f"has the wrong type ({text})"
-    if "not Optional" in text:
-        return "can't be null"
-    if "not a list" in text.lower() or "ListConfig" in text:
-        return "must be a list, as [a,b]"
-    return text
-
-
-def _translate(error: BaseException) -> ConfigError:
-    """Hydra's and OmegaConf's exceptions as one ConfigError; what is neither is re-raised as it is."""
-    from hydra.errors import HydraException, MissingConfigException
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-
-    if isinstance(error, ConfigError):
-        return error
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    for e in chain:
-        if isinstance(e, ConfigError):
-            return e
-        if isinstance(e, MissingConfigException):
-            group, _, option = (e.missing_cfg_file or "").rpartition("/")
-            options = e.options or group_options().get(group, [])
-            near = nearest(option, options)
-            return ConfigError(group or "config", option, f"must be one of {', '.join(options)}", f"{group}={near}" if near else "")
-        if isinstance(e, (ConfigKeyError, ConfigAttributeError)) and e.full_key:
-            fields = (
-                [f.name for f in dataclasses.fields(e.object_type)] if e.object_type and dataclasses.is_dataclass(e.object_type) else []
-            )
-            near = nearest(str(e.key), fields)
-            parent = str(e.full_key).rpartition(".")[0]
-            return ConfigError(str(e.full_key), None, "there is no such key", f"{parent}.{near}".lstrip(".") if near else "")
-        if isinstance(e, OmegaConfBaseException) and e.full_key:
-            return ConfigError(str(e.full_key), None, _type_rule(e))
-    if isinstance(error, (HydraException, OmegaConfBaseException)) or type(error).__module__.startswith(("yaml", "omegaconf", "hydra")):
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return ConfigError("configuration", None, "; ".join(lines[:3]) or type(error).__name__)
-    raise error
+        raise ConfigError(name, value, type_rule(e), "") from None

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from lorica.composition import conf_dir
 from lorica.config import DATA_SCHEMAS, LOGGER_SCHEMAS, VERBS, DataConfig, LoggerConfig
+from lorica.options import conf_dir
 
 HOW_TO = """# Configuration
 

@@ -20,12 +20,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lorica import cli, composition
+from lorica import cli, composition, options
 from lorica.checks import check
 from lorica.config import ConfigError, NotApplicable, TrainConfig, TrainerConfig, fill_recommended
 from lorica.runs import to_yaml
 
-OPTIONS = composition.group_options()
+OPTIONS = options.group_options()
 CLASSIFIERS = {"minilm_qlora", "minilm_lora", "minilm_full", "roberta_lora", "roberta_full", "roberta_qlora"}
 CAUSAL = {"mistral_lora", "mistral_qlora", "tiny_mistral_qlora"}
 UNLABELLED = {"chat", "healthcare_qa", "instruction"}
@@ -90,15 +90,15 @@ def test_all_of_model_data_trainer_and_logger(rows: Path) -> None:
         for option in OPTIONS[group]:
             sections[group, option] = getattr(composition._typed(composition.compose_tree("train", choose(rows, **{group: option}))), group)
     refused = set()
-    for number, options in enumerate(itertools.product(*(OPTIONS[g] for g in ("model", "data", "trainer", "logger")))):
-        groups = dict(zip(("model", "data", "trainer", "logger"), options, strict=True))
+    for number, chosen in enumerate(itertools.product(*(OPTIONS[g] for g in ("model", "data", "trainer", "logger")))):
+        groups = dict(zip(("model", "data", "trainer", "logger"), chosen, strict=True))
         config = TrainConfig(**{group: copy.deepcopy(sections[group, option]) for group, option in groups.items()})
         try:
             fill_recommended(config)
             check(config)
         except ConfigError as e:
             assert "is a classifier" in e.rule
-            refused.add(options[:2])
+            refused.add(chosen[:2])
             continue
         if number % 23 == 0:
             assert config == compose(*choose(rows, **groups))
@@ -155,7 +155,7 @@ def test_trainer_keys_said_to_be_lightnings_are_lightnings() -> None:
 
 def test_every_key_says_what_it_means() -> None:
     for verb, schema in composition.VERBS.items():
-        for name, owner in composition.schema_keys(schema).items():
+        for name, owner in options.schema_keys(schema).items():
             (field,) = (f for f in dataclasses.fields(owner) if f.name == name.rpartition(".")[2])
             assert field.metadata.get("meaning"), f"{verb}: {name}"
 
@@ -256,13 +256,13 @@ def test_values_have_the_types_of_the_schema() -> None:
 
 
 def test_the_yaml_is_the_packages_own_in_a_wheel_and_the_clones_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clone = composition.conf_dir()
+    clone = options.conf_dir()
     assert (clone / "train.yaml").is_file() and clone == Path(__file__).resolve().parents[2] / "conf"
-    module = tmp_path / "site-packages" / "lorica" / "composition.py"
+    module = tmp_path / "site-packages" / "lorica" / "options.py"
     shutil.copytree(clone, module.parent / "conf")
-    monkeypatch.setattr(composition, "__file__", str(module))
+    monkeypatch.setattr(options, "__file__", str(module))
     monkeypatch.chdir(tmp_path)
-    assert composition.conf_dir() == module.parent / "conf"
+    assert options.conf_dir() == module.parent / "conf"
     assert compose("model=roberta_lora").model.name == "roberta_lora"
     (module.parent / "conf" / "model" / "added.yaml").write_text("defaults: [roberta_lora, _self_]\nname: added\n", "utf-8")
     assert compose("model=added").model.name == "added"
@@ -292,7 +292,7 @@ def test_a_config_dir_adds_options_to_every_group(tmp_path: Path, capsys: pytest
     config = composition.compose("train", args, str(tmp_path))
     assert (config.model.name, config.model.lora.r, config.data.name, config.data.labels) == ("wide", 64, "tweets", ["bad", "good"])
     assert (config.seed, config.trainer.max_epochs, config.trainer.max_steps, config.logger.project) == (7, 1, 1, "ours")
-    assert "tweets" in composition.group_options(str(tmp_path))["data"] and "notes" not in composition.group_options(str(tmp_path))
+    assert "tweets" in options.group_options(str(tmp_path))["data"] and "notes" not in options.group_options(str(tmp_path))
     with pytest.raises(ConfigError, match="data=tweets: must be one of"):
         compose("data=tweets")
     for flag in (["--config-dir", str(tmp_path)], [f"-cd={tmp_path}"]):
@@ -519,11 +519,11 @@ def test_help_names_every_group_option_and_key(capsys: pytest.CaptureFixture[str
             cli.main(verb, ["--help"])
         assert end.value.code == 0
         shown = capsys.readouterr().out
-        for key in composition.schema_keys(composition.VERBS[verb]):
+        for key in options.schema_keys(composition.VERBS[verb]):
             if not key.startswith(("model.quantization.", "data.", "logger.")):
                 assert f"{key.rpartition('.')[2]}:" in shown
-        for group, options in OPTIONS.items() if verb == "train" else ():
-            assert f"{group}: {', '.join(options)}" in shown
+        for group, names in OPTIONS.items() if verb == "train" else ():
+            assert f"{group}: {', '.join(names)}" in shown
 
 
 def test_the_program_without_a_verb_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lorica import cli, composition
+from lorica import cli, composition, options
 from lorica.checks import ELSEWHERE, check_ranges, nearest, positions_of
 from lorica.config import TrainConfig
 from lorica.runs import to_yaml
@@ -330,7 +330,7 @@ def test_settings_given_for_a_null_group_fill_it_with_its_defaults() -> None:
 
 
 def test_a_key_of_other_programs_points_to_one_of_ours() -> None:
-    ours, groups = composition.schema_keys(TrainConfig), composition.group_options()
+    ours, groups = options.schema_keys(TrainConfig), options.group_options()
     for theirs, key in ELSEWHERE.items():
         group, _, option = key.partition("=")
         assert theirs.rpartition(".")[2] not in {k.rpartition(".")[2] for k in ours}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lorica import cli, composition
+from lorica import cli, composition, options
 from lorica.config import DATA_SCHEMAS, ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,7 +81,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def compose(*args: str) -> Any:
-    composition.register_plugins()
+    options.register_plugins()
     return composition.compose("train", args)
 
 
@@ -123,7 +123,7 @@ def test_a_yaml_file_can_set_its_keys_under_another_name(site: Path, tmp_path: P
     install(site, GOOD)
     (tmp_path / "more" / "data").mkdir(parents=True)
     (tmp_path / "more" / "data" / "returns.yaml").write_text("defaults: [tickets]\nname: returns\nqueue: returns\n", "utf-8")
-    composition.register_plugins()
+    options.register_plugins()
     config = composition.compose("train", ["data=returns", "data.min_stars=2"], str(tmp_path / "more")).data
     assert (config.name, config.module, config.queue, config.min_stars) == ("returns", "tickets", "returns", 2)
 
