@@ -103,6 +103,7 @@ def answer_chunks(job: Job, predictor: Predictor, wanted: Sequence[int], done: C
     finally:
         while answered:
             keep()
+        gc.unfreeze()
     return time.perf_counter() - begun
 
 
