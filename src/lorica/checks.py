@@ -299,8 +299,9 @@ def sibling(path: Path) -> str:
     parent = path.expanduser().parent
     if path.expanduser().exists():
         return ""
-    near = nearest(path.name, os.listdir(parent)) if parent.is_dir() else None
-    return f"; did you mean {parent / near}?" if near else ""
+    stems = {Path(name).stem: name for name in sorted(os.listdir(parent))} if parent.is_dir() else {}
+    near = difflib.get_close_matches(path.stem, stems, n=1, cutoff=0.6)  # endings alone make no names alike
+    return f"; did you mean {parent / stems[near[0]]}?" if near else ""
 
 
 def _check_logger(logger: LoggerConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,9 @@ lorica VERB --help lists the groups and keys of a verb; --cfg job shows what wou
 def main(verb: str | None = None, argv: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and exit: 0 done, 1 failed, 2 the user's configuration or files can't be used, 75 asked to stop and saved."""
     args = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names and columns of files may hold what is no text
     gc.disable()  # what is read at the start stays: looking through it for garbage is a tenth of the time
     try:
         if verb is None:

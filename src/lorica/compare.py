@@ -15,12 +15,12 @@ from lorica.cells import Cell, digest, run_missing, why
 from lorica.checks import nearest
 from lorica.config import CompareConfig, ConfigError, TrainConfig
 from lorica.durable import write_json, write_text
+from lorica.runs import COMPARISONS
 from lorica.screen import Screen, quiet_libraries
 
 if TYPE_CHECKING:
     from lorica.comparison import Compared
 
-COMPARISONS = Path("outputs") / "compare"
 UNTUNED, FEW_SHOT = "_untuned", "_fewshot"
 KINDS = ("", "_lora", "_qlora", "_full")  # what `NAME_untuned` may stand for: the base is the same
 WARM = 3  # answers before the first that is timed

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -204,12 +204,13 @@ class Choice:
 
     Attributes:
         best: of the highest accuracy. alike: those that the rows can't tell from it, itself included. cheapest: of these, the one that took
-            the least time to train; then the smallest.
+            the least time to train; then the smallest. tied: others with the best one's accuracy.
     """
 
     best: str
     alike: list[str]
     cheapest: str
+    tied: list[str] = field(default_factory=list)
 
     @property
     def words(self) -> str:
@@ -217,7 +218,12 @@ class Choice:
         if len(self.alike) == 1:
             return f"{self.best} is the best: better than each of the others."
         others = _listed([name for name in self.alike if name != self.best])
-        said = f"{self.best} has the highest accuracy, and these rows can't tell it from {others}."
+        if self.tied:
+            said = f"{_listed([self.best, *self.tied])} have the same accuracy, and none is better that these rows could tell"
+            rest = [name for name in self.alike if name not in (self.best, *self.tied)]
+            said += f"; nor can they tell them from {_listed(rest)}." if rest else "."
+        else:
+            said = f"{self.best} has the highest accuracy, and these rows can't tell it from {others}."
         return said + (f" Of these {self.cheapest} was the cheapest to train." if self.cheapest != self.best else "")
 
 
@@ -235,7 +241,8 @@ def choose(runs: Sequence[Compared], compared: Sequence[Pair]) -> Choice:
     }
     alike = [run for run in runs if run.name not in worse]
     cheapest = min(alike, key=lambda run: (run.metrics.get("train/seconds", float("inf")), run.storage))
-    return Choice(best.name, [run.name for run in alike], cheapest.name)
+    tied = [run.name for run in alike if run is not best and run.right.sum() == best.right.sum()]
+    return Choice(best.name, [run.name for run in alike], cheapest.name, tied)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -11,9 +11,8 @@ from typing import Any
 from lorica.cells import Cell, digest, run_missing, why
 from lorica.config import ConfigError, NotApplicable, TrainConfig
 from lorica.durable import write_json
+from lorica.runs import GRIDS
 from lorica.screen import Screen
-
-GRIDS = Path("outputs") / "grids"
 
 
 def run_grid(overrides: Sequence[str], compose: Callable[[list[str]], Any], config_dir: str | None = None) -> int:

@@ -27,6 +27,7 @@ from lorica.durable import write_text
 from lorica.secrets import redact, redact_tree
 from lorica.states import last_state, newest_intact, put_away
 
+GRIDS, COMPARISONS = Path("outputs") / "grids", Path("outputs") / "compare"
 TASK_FILE = "lorica.json"  # beside an adapter's or a model's weights: what it answers and how it is asked
 
 
@@ -179,10 +180,10 @@ def to_yaml(config: Any) -> str:
 
 
 def point_latest(folder: Path) -> None:
-    """outputs/latest -> the newest run; only for runs under outputs/."""
+    """outputs/latest -> the newest run; only for runs under outputs/, and none of a grid or a comparison: nobody typed these."""
     outputs = Path("outputs").resolve()
     target = folder.resolve()
-    if not target.is_relative_to(outputs):
+    if not target.is_relative_to(outputs) or target.is_relative_to(GRIDS.resolve()) or target.is_relative_to(COMPARISONS.resolve()):
         return
     link = outputs / f".latest.{os.getpid()}"
     with contextlib.suppress(OSError):

@@ -39,7 +39,7 @@ class Screen:
 
     def _open(self) -> None:
         if self._path is not None and self._file is None:
-            self._file = self._path.open("a", encoding="utf-8", buffering=1)
+            self._file = self._path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
             self._log = Console(file=self._file, width=110, highlighter=NullHighlighter(), color_system=None)
 
     @contextlib.contextmanager

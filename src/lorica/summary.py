@@ -75,8 +75,12 @@ def tokenised_line(data: LoricaDataModule) -> str:
     return ", ".join(parts)
 
 
-def closing_rows(figures: dict[str, float]) -> list[tuple[str, str]]:
-    """(name, value) lines of the closing table."""
+def closing_rows(figures: dict[str, float], resumed: bool = False) -> list[tuple[str, str]]:
+    """(name, value) lines of the closing table.
+
+    Args:
+        resumed: the run goes on from an earlier start: training counts all starts, the time in all this one alone.
+    """
     rows = [
         (k, f"{v:.4f}")
         for k, v in figures.items()
@@ -84,10 +88,10 @@ def closing_rows(figures: dict[str, float]) -> list[tuple[str, str]]:
     ]
     rows += [(k, f"{figures[k]:.4f}") for k in figures if k.startswith("test/f1/")]
     rates = f"{figures['train/tokens_per_second']:,.0f} tokens/s, {figures['train/samples_per_second']:,.1f} examples/s"
-    rows.append(("training", f"{duration(figures['train/seconds'])}, {rates}"))
+    rows.append(("training, all starts" if resumed else "training", f"{duration(figures['train/seconds'])}, {rates}"))
     expected = f" ({figures['memory/predicted_gib']:.2f} expected)" if "memory/predicted_gib" in figures else ""
     rows.append(("peak memory", f"{figures['memory/peak_gib']:.2f} GiB{expected}"))
-    rows.append(("in all", duration(figures["time/total_seconds"])))
+    rows.append(("in all, this start" if resumed else "in all", duration(figures["time/total_seconds"])))
     return rows
 
 

@@ -285,7 +285,7 @@ def _train(run: Run) -> int:
         figures["time/teacher_seconds"] = run.lesson.seconds
     figures["time/total_seconds"] = time.perf_counter() - started
     _finish(run, data, parts, figures, predictions)
-    screen.table(f"{config.data.name} with {config.model.name}", summary.closing_rows(figures))
+    screen.table(f"{config.data.name} with {config.model.name}", summary.closing_rows(figures, run.resume_from is not None))
     screen.print(f"run folder  {run.folder}")
     screen.print(f"next        {summary.next_command(run.folder, data)}")
     return 0

@@ -571,3 +571,14 @@ def test_rows_with_nothing_to_learn_can_be_left_out(write: Writer) -> None:
     data.leave_out_unsupervised()
     assert data.splits.train and len(data.train_rows) == len(data.splits.train)
     assert all(r.supervised for r in data.train_rows) and all(e.label for e in data.splits.train)
+
+
+def test_a_column_that_is_needed_otherwise_is_not_proposed(write: Writer) -> None:
+    with pytest.raises(ConfigError) as refused:
+        classification(write("a.csv", [("review", "stars"), ("fine", 4), ("bad", 1)]), text_column="review", label_column="reviews").load()
+    assert "try: data.label_column=stars" in str(refused.value)
+
+
+def test_a_file_without_rows_is_said_to_have_none(write: Writer) -> None:
+    with pytest.raises(ConfigError, match=r"data\.path=.*: has no rows to train on"):
+        classification(write("a.csv", [("text", "label")])).load()

@@ -112,6 +112,16 @@ def test_csv_nul_bytes_harm_no_other_row(read: Callable[..., list[Row]]) -> None
     assert rows[1] == Row("a.csv:3", {"text": "good", "label": "1"})
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json"])
+@pytest.mark.parametrize(
+    ("encoding", "says"), [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"), ("utf-16-be", "UTF-16"), ("utf-32", "UTF-32")]
+)
+def test_wide_encodings_are_refused_by_their_name(read: Callable[..., list[Row]], name: str, encoding: str, says: str) -> None:
+    content = "text,label\ngood,1\n" if name == "a.csv" else '[{"text": "good", "label": 1}]'
+    with pytest.raises(ConfigError, match=f"{name}: is in {says}, must be in UTF-8\n  try: iconv -f {says}"):
+        read(name, content.encode(encoding))
+
+
 def test_csv_cells_may_be_huge(read: Callable[..., list[Row]]) -> None:
     text = "word " * 200_000
     assert read("a.csv", f"text,label\n{text},1\n")[0].fields["text"] == text

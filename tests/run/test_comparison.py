@@ -96,3 +96,13 @@ def test_no_difference_is_smaller_than_what_would_have_shown(tmp_path: Path) -> 
         assert pair.p < comparison.ENOUGH or abs(pair.difference) < pair.shows, pair
     far = [comparison.read(_run(tmp_path / f"far-{share}", share), str(share)) for share in (0.99, 0.05)]
     assert "(p < 1e-15)" in comparison.pairs(far)[0].verdict
+
+
+def test_no_name_comes_first_where_accuracies_are_the_same(tmp_path: Path) -> None:
+    runs = [comparison.read(_run(tmp_path / "a", 0.8), "a"), comparison.read(tmp_path / "a", "b")]
+    less = comparison.read(_run(tmp_path / "c", 0.78, seed=3), "c")
+    same = "a and b have the same accuracy, and none is better that these rows could tell."
+    assert comparison.choose(runs, comparison.pairs(runs)).words == same
+    words = comparison.choose([*runs, less], comparison.pairs([*runs, less])).words
+    assert less.right.sum() < runs[0].right.sum()
+    assert words.startswith("a and b have the same accuracy") and "from c." in words

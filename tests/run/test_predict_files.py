@@ -471,3 +471,16 @@ def test_what_one_of_several_processes_is_refused_is_said_once(model: Path, tmp_
     (run / "model.safetensors").unlink()
     assert started(f"run={run}", f"input={file}", "devices=2", log=log).wait() == 2
     assert log.read_text().count("lorica: ") == 1, log.read_text()
+
+
+def test_a_header_without_rows_keeps_its_columns(model: Path, tmp_path: Path, lorica: Lorica) -> None:
+    (tmp_path / "none.csv").write_text("id;text\n")
+    assert lorica("predict", f"run={model}", f"input={tmp_path / 'none.csv'}", f"output={tmp_path / 'out.csv'}")[0] == 0
+    assert (tmp_path / "out.csv").read_text() == "id,text,prediction,probability\n"
+
+
+@pytest.mark.parametrize(("columns", "fix"), [("id,body", "<one of these>"), ("id,texts", "texts")])
+def test_only_a_column_that_may_be_meant_is_proposed(model: Path, tmp_path: Path, lorica: Lorica, columns: str, fix: str) -> None:
+    (tmp_path / "in.csv").write_text(f"{columns}\n1,so it is\n")
+    code, said = lorica("predict", f"run={model}", f"input={tmp_path / 'in.csv'}")
+    assert code == 2 and f"try: text_column={fix}" in said

@@ -8,10 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lorica.checks import nearest
 from lorica.config import ConfigError
 from lorica.data.asking import ask_row, text_column
 from lorica.data.examples import Example
-from lorica.data.readers import Row, read_rows
+from lorica.data.readers import Row, csv_header, read_rows
 from lorica.data.rows import BadRow
 
 ADDED = frozenset(("prediction", "probability", "probabilities", "error"))  # what an answered row has besides its own
@@ -99,6 +100,8 @@ def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_row
             rows = sound = letters = 0
     if rows:
         survey.chunks.append((rows, sound))
+    if not survey.chunks:
+        survey.columns.update(dict.fromkeys(csv_header(path) if path.suffix.lower() == ".csv" else [], ""))
     return survey
 
 
@@ -142,8 +145,10 @@ def _only_column(path: Path, task: dict[str, Any], column: str | None, fields: d
     if name in fields:
         return name if len(fields) == 1 and column is None else None
     if task.get("kind") not in ("chat", "instruction"):
-        there, first = ", ".join(fields) or "none", next(iter(fields), "...")
-        raise ConfigError("text_column", name, f"{path.name} has no such column; it has {there}", f"text_column={first}")
+        there = ", ".join(fields) or "none"
+        near = nearest(name, fields) or next((known for known in (str(task.get("text_column")), "text") if known in fields), None)
+        fix = f"text_column={near}" if near else "text_column=<one of these>"
+        raise ConfigError("text_column", name, f"{path.name} has no such column; it has {there}", fix)
     return None
 
 

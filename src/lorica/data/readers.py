@@ -25,6 +25,7 @@ SAMPLES = Path(__file__).parent / "samples"
 # A parquet file may unpack to so many bytes: real text packs to a tenth, a few kilobytes that say one thing a billion times don't.
 MOST_UNPACKED, SMALLEST_UNPACKED = 200, 1 << 26
 PARQUET_ROWS, ROW_BYTES = 256, 300  # read at once; what each takes besides its values
+WIDE = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # by byte order marks
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,30 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[Row]:
     if path.exists() and not path.is_file() and not path.is_dir():
         raise ConfigError("data.path", path, "is no plain file: a pipe or a device may never end")
     try:
+        if reader is not _parquet_rows:
+            _check_encoding(path)
         yield from reader(path, columns)
     except OSError as e:
         raise ConfigError("data.path", path, f"can't be read: {e.strerror or e}") from None
+
+
+def _check_encoding(path: Path) -> None:
+    """Refuse UTF-16 and UTF-32, which spreadsheets call Unicode text: by the mark or the zero bytes that they begin with."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    wide = next((name for mark, name in WIDE.items() if head.startswith(mark)), None)
+    if wide is None and len(head) == 4 and b"\0" in head[:2]:
+        wide = "UTF-16"
+    if wide is not None:
+        fix = f"iconv -f {wide} -t UTF-8 {path.name} > utf8{path.suffix}, or save it as UTF-8"
+        raise ConfigError("data.path", path, f"is in {wide}, must be in UTF-8", fix)
+
+
+def csv_header(path: Path) -> list[str]:
+    """The columns that a csv file's header line names; none where it has none."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        line = file.readline()
+    return [cell.strip() for cell in next(csv.reader([line], delimiter=_delimiter(line)), [])]
 
 
 def _csv_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
@@ -227,9 +249,10 @@ def check_columns(rows: Iterable[Row], needed: dict[str, str], where: str) -> No
     for key, column in needed.items():
         if there and column not in there:
             listing = ", ".join(map(str, there))
-            raise ConfigError(
-                key, column, f"{where} has no such column; it has {listing}", f"{key}={nearest(column, there) or next(iter(there))}"
-            )
+            free = [name for name in there if name not in needed.values()]
+            near = nearest(column, free) or (free[0] if len(free) == 1 else None)
+            fix = f"{key}={near}" if near else f"{key}=<one of these>" if free else f"a file that has a column for {key}"
+            raise ConfigError(key, column, f"{where} has no such column; it has {listing}", fix)
 
 
 def read_hub(config: DataConfig) -> tuple[dict[str, list[Row]], str | None]:

@@ -78,6 +78,9 @@ class Rows:
             if of_split and all(row.fault for row in of_split):
                 self.faults = [(row.origin, row.fault) for row in of_split]
                 self._refuse_faults(len(of_split))
+        if not rows["train"]:
+            key = "data.hub_id" if self.config.source == "hub" else "data.path"
+            raise ConfigError(key, getattr(self.config, key[5:]), "has no rows to train on", "a source with rows, below a file's header")
         self.prepare_rows(rows)
         examples = {split: list(self._convert(of_split)) for split, of_split in rows.items()}
         if self.faults and self.config.on_bad_rows == "refuse":
