@@ -389,7 +389,9 @@ class ShowProgress(Callback):
             self.bar.update(self.task, completed=step, note=f"loss {self._loss()}  {self._rate()}")
         elif self.record.history and (time.perf_counter() - self._last_line > LINE_SECONDS or step == self.total):
             self._last_line = time.perf_counter()
-            self.screen.print(f"step {step}/{self.total}  loss {self._loss()}  {self._rate()}")
+            at = self.record.history[-1][0]
+            recorded = "" if at == step else f" (at step {at})"
+            self.screen.print(f"step {step}/{self.total}  loss {self._loss()}{recorded}  {self._rate()}")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.bar is not None and trainer.state.fn == "fit":

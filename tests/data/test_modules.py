@@ -144,7 +144,7 @@ def test_every_found_label_has_rows(write: Writer) -> None:
 @pytest.mark.parametrize(("labels", "count"), [(["a", "a", "a"], 1), ([f"l{i}" for i in range(1001)], 1001)])
 def test_a_column_that_is_no_label_set_is_refused(write: Writer, labels: list[str], count: int) -> None:
     path = write("a.csv", [("text", "label"), *((f"t{i}", label) for i, label in enumerate(labels))])
-    with pytest.raises(ConfigError, match=f"data.label_column=label: has {count:,} different values in training"):
+    with pytest.raises(ConfigError, match=f"data.label_column=label: has {count:,} different values? in training"):
         classification(path).load()
 
 

@@ -59,3 +59,16 @@ def test_a_bar_is_taken_down_when_its_work_fails(monkeypatch: pytest.MonkeyPatch
 def test_the_line_says_what_took_long_or_was_found(found: int, made: int, seconds: float, line: str) -> None:
     data: Any = SimpleNamespace(tokens=SimpleNamespace(found=found, made=made, seconds=seconds))
     assert tokenised_line(data) == line
+
+
+def test_a_line_says_of_which_step_its_loss_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorica.callbacks import ShowProgress
+
+    monkeypatch.setattr("lorica.callbacks.LINE_SECONDS", 0.0)
+    screen, out = Screen(), io.StringIO()
+    screen.console = Console(file=out, width=100)
+    record: Any = SimpleNamespace(history=[(10, 1.5)], tokens_per_second=165.0)
+    shown = ShowProgress(screen, record, 69, True)
+    for step in (10, 16):
+        shown.on_train_batch_end(SimpleNamespace(is_global_zero=True, global_step=step), None, None, None, 0)  # type: ignore[arg-type]
+    assert out.getvalue().splitlines() == ["step 10/69  loss 1.5000  165 tokens/s", "step 16/69  loss 1.5000 (at step 10)  165 tokens/s"]

@@ -78,10 +78,11 @@ class ClassificationRows(Rows):
         else:
             found = {written_label(r.fields.get(config.label_column)) for r in rows["train"] if not r.fault} - {""}
             if not 2 <= len(found) <= MOST_LABELS:
+                values = "value" if len(found) == 1 else "values"
                 raise ConfigError(
                     "data.label_column",
                     config.label_column,
-                    f"has {len(found):,} different values in training; a label set has 2 to {MOST_LABELS}",
+                    f"has {len(found):,} different {values} in training; a label set has 2 to {MOST_LABELS}",
                     "another data.label_column",
                 )
             self.labels = sorted(found, key=lambda v: (not _NUMBER.fullmatch(v), int(v) if _NUMBER.fullmatch(v) else 0, v))
