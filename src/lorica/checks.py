@@ -299,9 +299,10 @@ def sibling(path: Path) -> str:
     parent = path.expanduser().parent
     if path.expanduser().exists():
         return ""
-    stems = {Path(name).stem: name for name in sorted(os.listdir(parent))} if parent.is_dir() else {}
-    near = difflib.get_close_matches(path.stem, stems, n=1, cutoff=0.6)  # endings alone make no names alike
-    return f"; did you mean {parent / stems[near[0]]}?" if near else ""
+    names = sorted(os.listdir(parent)) if parent.is_dir() else []
+    stems = difflib.get_close_matches(path.stem, {Path(name).stem for name in names}, n=1, cutoff=0.6)  # endings alone make no names alike
+    near = nearest(path.name, [name for name in names if Path(name).stem in stems])
+    return f"; did you mean {parent / near}?" if near else ""
 
 
 def _check_logger(logger: LoggerConfig) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -210,21 +210,21 @@ class Choice:
     best: str
     alike: list[str]
     cheapest: str
-    tied: list[str] = field(default_factory=list)
+    tied: list[str]
 
     @property
     def words(self) -> str:
         """In plain words."""
         if len(self.alike) == 1:
             return f"{self.best} is the best: better than each of the others."
-        others = _listed([name for name in self.alike if name != self.best])
         if self.tied:
             said = f"{_listed([self.best, *self.tied])} have the same accuracy, and none is better that these rows could tell"
             rest = [name for name in self.alike if name not in (self.best, *self.tied)]
             said += f"; nor can they tell them from {_listed(rest)}." if rest else "."
         else:
+            others = _listed([name for name in self.alike if name != self.best])
             said = f"{self.best} has the highest accuracy, and these rows can't tell it from {others}."
-        return said + (f" Of these {self.cheapest} was the cheapest to train." if self.cheapest != self.best else "")
+        return said + (f" Of these {self.cheapest} was the cheapest to train." if self.tied or self.cheapest != self.best else "")
 
 
 def _listed(names: Sequence[str]) -> str:

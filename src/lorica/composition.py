@@ -1,4 +1,4 @@
-"""From groups and overrides to typed configuration. Hydra is known here and in `options` and `mistakes`; torch loads after every check.
+"""From groups and overrides to typed configuration, by Hydra; torch loads after every check.
 
 Groups are composed by Hydra; dotted overrides are then applied one by one to the typed tree, so that each mistake is named by its
 own key with the nearest valid one.
@@ -84,7 +84,8 @@ def compose_tree(verb: str, args: Sequence[str], config_dir: str | None = None) 
         values = [*((k, v) for k, v in values if k != "resume"), ("resume", _as_text(str(folder))), ("run_dir", _as_text(str(folder)))]
     else:
         loaded = _compose_yaml(verb, groups, config_dir)
-        _check_recipe(groups, [name for name, _ in values], loaded, config_dir)
+        if verb == "train" and _stays_whole(groups, values, loaded, config_dir):
+            loaded.model.lora = None
     try:
         schema = _schema(verb, loaded)
     except Exception as e:
@@ -263,16 +264,13 @@ def _compose_yaml(verb: str, groups: list[str], config_dir: str | None) -> Any:
         raise translate(e) from None
 
 
-def _check_recipe(groups: list[str], names: list[str], loaded: Any, config_dir: str | None) -> None:
-    """Refuse a recipe whose adapter's settings would give an adapter to a model that was chosen for having none."""
-    recipes = [g for g in groups if g.lstrip("+").startswith("experiment=")]
-    chosen = any(g.startswith("model=") for g in groups) and not any(f"{n}.".startswith("model.lora.") for n in names)
-    if not (recipes and chosen and loaded.model.get("lora") is not None):
-        return
-    alone = _compose_yaml("train", [g for g in groups if g not in recipes], config_dir).model
-    if alone.get("lora") is None:
-        recipe, rule = recipes[-1].lstrip("+"), f"gives model={alone.name} an adapter, which that model is without"
-        raise ConfigError("experiment", recipe.partition("=")[2], rule, "model.lora=null, or a model with an adapter")
+def _stays_whole(groups: list[str], values: list[tuple[str, Any]], loaded: Any, config_dir: str | None) -> bool:
+    """Whether a model was chosen for having no adapter, which a recipe's settings would give it without a word."""
+    recipes = [g for g in groups if g.startswith("experiment=")]
+    said = any(name.startswith("model.lora") or (name == "model" and "lora" in value) for name, value in values)
+    if said or not recipes or loaded.model.get("lora") is None or not any(g.startswith("model=") for g in groups):
+        return False
+    return _compose_yaml("train", [g for g in groups if g not in recipes], config_dir).model.get("lora") is None
 
 
 def _read_plainly() -> None:

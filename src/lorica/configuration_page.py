@@ -46,7 +46,8 @@ key is left out of combinations that have no use for it (`model.lora.r` with `mo
 
 A later source wins: the schema's default, the YAML of the chosen groups, `experiment=`, `debug=`, the keys on the command line. A
 group named on the command line takes the place of the one that an experiment chooses, but the values that the experiment or
-`debug=` sets still stand over its own (`experiment=chatdoctor model=mistral_lora` keeps the recipe's `model.lora.r=64`).
+`debug=` sets still stand over its own (`experiment=chatdoctor model=mistral_lora` keeps the recipe's `model.lora.r=64`),
+but for an adapter that the chosen model is without (`model=minilm_full`).
 Where `optimizer.name`, `optimizer.lr`, `optimizer.warmup_ratio` or the micro-batch's size is null in the end, `model.recommended` fills
 it in.
 `resume=RUN_FOLDER` takes the run's own `config.yaml` in place of the groups; a finished run, or one without a checkpoint, is refused.

@@ -7,7 +7,6 @@ batches are made follows from the file and the settings alone, so that the outpu
 from __future__ import annotations
 
 import gc
-import itertools
 import multiprocessing
 import os
 import signal
@@ -87,24 +86,28 @@ def answer_chunks(job: Job, predictor: Predictor, wanted: Sequence[int], done: C
 
     if not job.parts.path(None).exists():
         job.parts.keep(None, layout.head())
-    first = list(itertools.islice(chunks, 1))
-    for chunk in first:
-        predictor.warm_up(list(chunk.examples.values()), size, job.survey.answerable)
+    if job.kind == "cuda":
+        _warm_up(job, predictor)
     gc.freeze()  # a search through all that is loaded for garbage would take as long as thousands of rows
     begun = time.perf_counter()
-    all_chunks = itertools.chain(first, chunks)
-    del first
     try:
-        with closing(_one_ahead(all_chunks)) as coming:
+        with closing(_one_ahead(chunks)) as coming:
             for chunk in coming:
                 answered.append((chunk, predictor.begin(list(chunk.examples.values()), size, counted)))
                 while len(answered) > (1 if job.kind == "cuda" else 0):  # the chunk before is written while a GPU has this one to do
                     keep()
     finally:
+        gc.unfreeze()
         while answered:
             keep()
-        gc.unfreeze()
     return time.perf_counter() - begun
+
+
+def _warm_up(job: Job, predictor: Predictor) -> None:
+    """By the file's first rows, whichever are wanted: what is captured for them may not depend on where an earlier run was broken off."""
+    first = next((number for number, (_, sound) in enumerate(job.survey.chunks) if sound), None)
+    for chunk in read_chunks(job.source, job.survey, job.task, {first} if first is not None else set()):
+        predictor.warm_up(list(chunk.examples.values()), job.config.batch_size, job.survey.answerable)
 
 
 def _one_ahead(items: Iterator[T]) -> Generator[T, None, None]:

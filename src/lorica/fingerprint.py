@@ -78,9 +78,10 @@ def of_data(data: LoricaDataModule) -> dict[str, str]:
     }
 
 
-def of_machine(machine: Machine, compiled: bool, base: str) -> dict[str, str]:
-    """Device, arithmetic and base weights, as they were chosen."""
-    return {"device": machine.device.type, "precision": machine.precision, "compiled layers": "yes" if compiled else "no", "base": base}
+def of_machine(machine: Machine, compiled: bool, attention: str, base: str) -> dict[str, str]:
+    """Device, arithmetic, attention and base weights, as they were chosen."""
+    layers = "yes" if compiled else "no"
+    return {"device": machine.device.type, "precision": machine.precision, "compiled layers": layers, "attention": attention, "base": base}
 
 
 def of_base(folder: str, revision: str | None) -> str:

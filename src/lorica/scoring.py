@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lorica.checks import positions_of
 from lorica.data.batching import cut_batches
 from lorica.data.collate import collate_candidates, collate_classifier, fill
 from lorica.data.encoding import CausalEncoder, ClassifierEncoder, Encoded, Truncation
@@ -18,7 +19,7 @@ from lorica.data.examples import Example
 from lorica.data.shapes import Shape
 from lorica.models.captured import CapturedScores, waits_for_the_device
 from lorica.models.module import LoricaModule
-from lorica.models.sequence_classifier import SequenceClassifierModule
+from lorica.models.sequence_classifier import SequenceClassifierModule, pooling
 from lorica.models.trained import Trained
 
 BATCH = 32  # texts at once
@@ -55,7 +56,8 @@ class Scorer:
             and trained.model.device.type == "cuda"
             and not trained.padded
             and self._tokens >= CAPTURED_TOKENS
-            and encoder.max_length <= CAPTURED_LENGTH
+            and encoder.max_length <= min(CAPTURED_LENGTH, positions_of(trained.model.config.to_dict()) or CAPTURED_LENGTH)
+            and pooling(trained.model.config) != "last"
         )
 
     def warm_up(self, examples: Sequence[Example], batch_size: int | None, total: int) -> None:
@@ -158,6 +160,7 @@ class Scorer:
         self._shape = Shape(CAPTURED_TOKENS, rows + CAPTURED_TOKENS // longest + 1, rows, longest)
         batch = collate_classifier(next(self._full(items)), self._pad_id, padded=False)
         batch = _to(self.trained.model.device, fill(batch, self._shape, self._pad_id))
+        # What a capture that fails has taken stays; a batch by length needs as much as this one, and is halved where it does not fit.
         with suppress(torch.cuda.OutOfMemoryError):
             self._scores(batch)  # what is loaded once may wait for the device
             if not waits_for_the_device(lambda: self._scores(batch)):

@@ -25,7 +25,7 @@ def plan_facts(config: TrainConfig, data: LoricaDataModule, loaded: Loaded, mach
     trainable, total = adapters.count(loaded.model)
     quantization = config.model.quantization
     bits = f"4-bit {quantization.bnb_4bit_quant_type}" if quantization and quantization.load_in_4bit else dtype_name(loaded.model)
-    attn = loaded.attention.removeprefix("lorica_") if loaded.padded else "varlen, no padding"
+    attn = loaded.attention.removeprefix("lorica_") + ("" if loaded.padded else ", no padding")
     size = f"{t.batch_size} examples" if t.batch_size is not None else f"up to {t.tokens_per_batch:,} tokens"
     devices = f"{machine.world_size} device{'s' if machine.world_size > 1 else ''}"
     cut = f", each micro-batch in {plan.parts} parts" if plan.parts > 1 else ""

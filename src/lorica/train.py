@@ -211,7 +211,7 @@ def _train(run: Run) -> int:
     base = fingerprint.of_base(loaded.base.path, loaded.base.revision)
     made_for = {
         "configuration": asked,
-        "found": {**fingerprint.of_data(data), **fingerprint.of_machine(machine, compiled, base), **taught_by},
+        "found": {**fingerprint.of_data(data), **fingerprint.of_machine(machine, compiled, loaded.attention, base), **taught_by},
         "versions": fingerprint.versions(),
     }
     if state is not None:

@@ -179,10 +179,12 @@ def test_a_group_on_the_command_line_wins_over_the_experiments() -> None:
         assert (config.model.name, config.optimizer.lr) == ("minilm_lora", 2e-5)
 
 
-def test_a_whole_model_stays_whole_under_a_recipe_with_an_adapter_where_it_is_said() -> None:
-    whole = compose("experiment=ag_news_minilm", "model=minilm_full", "model.lora=null")
+def test_a_whole_model_stays_whole_under_a_recipe_with_an_adapter() -> None:
+    whole = compose("experiment=ag_news_minilm", "model=minilm_full")
     assert (whole.model.name, whole.model.lora, whole.trainer.max_epochs) == ("minilm_full", None, 3)
     assert compose("experiment=ag_news_minilm", "model=minilm_full", "model.lora.r=4").model.lora.r == 4
+    assert compose("experiment=ag_news_minilm", "model=minilm_full", "model={lora:{r:4}}").model.lora.r == 4
+    assert compose("experiment=ag_news_minilm", "model=minilm_lora").model.lora.r == 16
 
 
 def test_debug_wins_over_the_experiment() -> None:

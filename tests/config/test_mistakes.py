@@ -48,11 +48,6 @@ MISTAKES = {
     "model option": wrong("model=mistral_qlra", "model=mistral_qlra: must be one of minilm_full,", "try: model=mistral_qlora"),
     "data option": wrong("data=sentimnet", "data=sentimnet: must be one of ag_news,", "try: data=sentiment"),
     "experiment option": wrong("experiment=chatdocter", "experiment=chatdocter: must be one of", "try: experiment=chatdoctor"),
-    "experiment that gives a whole model an adapter": wrong(
-        "experiment=ag_news_minilm | model=minilm_full",
-        "experiment=ag_news_minilm: gives model=minilm_full an adapter, which that model is without",
-        "try: model.lora=null, or a model with an adapter",
-    ),
     "option without its group": wrong("roberta_lora", "roberta_lora: is not key=value", "try: model=roberta_lora"),
     # names of keys
     "key": wrong("trainer.max_epoch=3", "trainer.max_epoch=3: there is no such key", "try: trainer.max_epochs=3"),

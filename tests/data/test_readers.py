@@ -114,11 +114,20 @@ def test_csv_nul_bytes_harm_no_other_row(read: Callable[..., list[Row]]) -> None
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json"])
 @pytest.mark.parametrize(
-    ("encoding", "says"), [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"), ("utf-16-be", "UTF-16"), ("utf-32", "UTF-32")]
+    ("encoding", "says"),
+    [
+        ("utf-16", "UTF-16"),
+        ("utf-16-le", "UTF-16LE"),
+        ("utf-16-be", "UTF-16BE"),
+        ("utf-32", "UTF-32"),
+        ("utf-32-le", "UTF-32LE"),
+        ("utf-32-be", "UTF-32BE"),
+    ],
 )
 def test_wide_encodings_are_refused_by_their_name(read: Callable[..., list[Row]], name: str, encoding: str, says: str) -> None:
     content = "text,label\ngood,1\n" if name == "a.csv" else '[{"text": "good", "label": 1}]'
-    with pytest.raises(ConfigError, match=f"{name}: is in {says}, must be in UTF-8\n  try: iconv -f {says}"):
+    assert content.encode(encoding).decode(says) == content
+    with pytest.raises(ConfigError, match=f"{name}: is in {says}, must be in UTF-8\n  try: iconv -f {says} "):
         read(name, content.encode(encoding))
 
 

@@ -66,10 +66,11 @@ def test_another_flash_attention_is_used_where_it_is_installed(monkeypatch: pyte
 
     asked: list[str] = []
     monkeypatch.setattr(attention, "varlen_available", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention, "_only_torchs", False)
     arguments = (_config("roberta"), "sequence_classification", torch.device("cpu"))
-    with pytest.raises(ConfigError, match=r"(?s)flash_attention_4.*torch can.t use it here .*install that package"):
-        base.attention_name("flash_attention_4", *arguments, torch.bfloat16)
+    with pytest.raises(ImportError):
+        attention.use_installed("flash_attention_4")
     with pytest.raises(ConfigError, match=r"flash_attention_3.*needs bf16 or fp16"):
         base.attention_name("flash_attention_3", *arguments, torch.float32)
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", asked.append)
@@ -78,5 +79,11 @@ def test_another_flash_attention_is_used_where_it_is_installed(monkeypatch: pyte
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda q, *_, **__: q)
     x, ends = torch.zeros(4, 2, 8), torch.tensor([0, 4], dtype=torch.int32)
     assert attention._varlen(x, x, x, ends, 4, False, None, 8**-0.5) == "ours"
-    assert base.attention_name("flash_attention_3", *arguments, torch.bfloat16) == attention.VARLEN and asked == ["FA3"]
+    assert base.attention_name("flash_attention_3", *arguments, torch.bfloat16) == attention.VARLEN and not asked
+    attention.use_installed("flash_attention_3")
+    assert asked == ["FA3"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert base.attention_name("flash_attention_4", *arguments, torch.bfloat16) == attention.VARLEN
+    with pytest.raises(ConfigError, match=r"flash_attention_3: is for GPUs of compute capability 9.x"):
+        base.attention_name("flash_attention_3", *arguments, torch.bfloat16)
     assert isinstance(attention._varlen(x, x, x, ends, 4, False, None, 8**-0.5), torch.Tensor)

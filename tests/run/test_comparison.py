@@ -101,7 +101,7 @@ def test_no_difference_is_smaller_than_what_would_have_shown(tmp_path: Path) -> 
 def test_no_name_comes_first_where_accuracies_are_the_same(tmp_path: Path) -> None:
     runs = [comparison.read(_run(tmp_path / "a", 0.8), "a"), comparison.read(tmp_path / "a", "b")]
     less = comparison.read(_run(tmp_path / "c", 0.78, seed=3), "c")
-    same = "a and b have the same accuracy, and none is better that these rows could tell."
+    same = "a and b have the same accuracy, and none is better that these rows could tell. Of these a was the cheapest to train."
     assert comparison.choose(runs, comparison.pairs(runs)).words == same
     words = comparison.choose([*runs, less], comparison.pairs([*runs, less])).words
     assert less.right.sum() < runs[0].right.sum()

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -484,3 +485,17 @@ def test_only_a_column_that_may_be_meant_is_proposed(model: Path, tmp_path: Path
     (tmp_path / "in.csv").write_text(f"{columns}\n1,so it is\n")
     code, said = lorica("predict", f"run={model}", f"input={tmp_path / 'in.csv'}")
     assert code == 2 and f"try: text_column={fix}" in said
+
+
+def test_what_is_captured_follows_from_the_files_first_rows_wherever_a_run_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("id,text\n1,\n2,\n3,so it is\n4,fine\n5,slow\n6,soup\n")
+    survey = look_through(tmp_path / "in.csv", TASK, None, 2, ".csv")
+    asked: list[Any] = []
+
+    class Warmed:
+        def warm_up(self, examples: list[Any], batch_size: int | None, total: int) -> None:
+            asked.append(([e.text for e in examples], batch_size, total))
+
+    job: Any = SimpleNamespace(survey=survey, source=tmp_path / "in.csv", task=TASK, config=SimpleNamespace(batch_size=None))
+    file_answering._warm_up(job, Warmed())  # type: ignore[arg-type]
+    assert asked == [(["so it is", "fine"], None, 4)]

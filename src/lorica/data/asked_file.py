@@ -100,8 +100,8 @@ def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_row
             rows = sound = letters = 0
     if rows:
         survey.chunks.append((rows, sound))
-    if not survey.chunks:
-        survey.columns.update(dict.fromkeys(csv_header(path) if path.suffix.lower() == ".csv" else [], ""))
+    if table and not survey.chunks and path.suffix.lower() == ".csv":
+        survey.columns.update({name: "" for name in csv_header(path) if name not in ADDED})
     return survey
 
 

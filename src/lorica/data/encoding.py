@@ -337,19 +337,16 @@ class CausalEncoder:
 
     def candidates(self, examples: Sequence[Example], progress: Progress = silent) -> list[Candidates]:
         """Every label of a labelled set as the answer to each example."""
-        return _all(self.candidate_pieces(examples), progress)
-
-    def candidate_pieces(self, examples: Sequence[Example]) -> Iterator[list[Candidates]]:
-        """`candidates`, CHUNK examples at a time."""
+        scored: list[Candidates] = []
         k, eos = len(self.label_names), self.eos
         for chunk, rendered, ids, encodings in _one_ahead(self._prepare_candidates, examples):
-            scored = []
             for i, example in enumerate(chunk):
                 group = [self._candidate(rendered[j], ids[j], encodings[j], self.label_names[j % k]) for j in range(i * k, i * k + k)]
                 longest = max(len(ids) - start for ids, start in group)  # all labels follow the same prompt, however long they are
                 group = [self._fit(ids, start, self.max_length - longest) for ids, start in group]
                 scored.append(_fewest_sequences(group, -1 if example.label is None else example.label, eos))
-            yield scored
+            progress(len(chunk))
+        return scored
 
     def _prepare_candidates(self, chunk: Sequence[Example]) -> tuple[Sequence[Example], list[_Rendered], list[list[int]], list[Any]]:
         conversations = [[Message("user", e.prompt), Message("assistant", name)] for e in chunk for name in self.label_names]

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -63,10 +64,11 @@ def _check_encoding(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(4)
     wide = next((name for mark, name in WIDE.items() if head.startswith(mark)), None)
-    if wide is None and len(head) == 4 and b"\0" in head[:2]:
-        wide = "UTF-16"
+    if wide is None and len(head) == 4 and b"\0" in head[:2]:  # without a mark: by where the zeros of the first letter are
+        ends = "BE" if head[0] == 0 else "LE"
+        wide = ("UTF-32" if head.count(0) == 3 else "UTF-16") + ends
     if wide is not None:
-        fix = f"iconv -f {wide} -t UTF-8 {path.name} > utf8{path.suffix}, or save it as UTF-8"
+        fix = f"iconv -f {wide} -t UTF-8 {shlex.quote(path.name)} > utf8{path.suffix}, or save it as UTF-8"
         raise ConfigError("data.path", path, f"is in {wide}, must be in UTF-8", fix)
 
 

@@ -16,7 +16,8 @@ from lorica.kernels import varlen
 
 VARLEN = "lorica_varlen"
 DENSE = "lorica_dense"
-INSTALLED = {"flash_attention_3": "FA3", "flash_attention_4": "FA4"}  # packages that torch's kernel can be of, by torch's names
+# Packages that torch's kernel can be of: torch's names, and the major compute capabilities that they are for.
+INSTALLED = {"flash_attention_3": ("FA3", (9,)), "flash_attention_4": ("FA4", (9, 10))}
 
 _only_torchs = False  # no kernel of our own
 
@@ -36,12 +37,12 @@ def use_installed(name: str) -> None:
     """Let variable-length attention be one of INSTALLED, in this process: torch puts it in its own kernel's place for all that it runs.
 
     Raises:
-        ImportError: it is not installed. RuntimeError, ValueError: this torch or this GPU can't use it.
+        ImportError: it is not installed. AttributeError, ValueError, RuntimeError: this torch can't use it.
     """
     global _only_torchs
     from torch.nn import attention as torchs
 
-    torchs.activate_flash_attention_impl(INSTALLED[name])
+    torchs.activate_flash_attention_impl(INSTALLED[name][0])
     _only_torchs = True
 
 

@@ -162,7 +162,7 @@ def attention_name(requested: str, architecture: Any, task: str, device: torch.d
     Args:
         dtype: of the arithmetic: variable-length kernels take bf16 and fp16.
     Raises:
-        ConfigError: varlen was asked for where it can't be, or by a package that can't be used.
+        ConfigError: varlen was asked for where it can't be.
     """
     flat = dtype != torch.float32 and takes_flat(architecture, task)
     available = attention.varlen_available(device)
@@ -170,14 +170,10 @@ def attention_name(requested: str, architecture: Any, task: str, device: torch.d
     if asked and not (available and flat):
         reason = "needs bf16 or fp16, and an architecture whose head is known" if available else "needs an NVIDIA GPU from Ampere on"
         raise ConfigError("model.attn_implementation", requested, reason, "model.attn_implementation=auto")
-    if requested in attention.INSTALLED:
-        try:
-            attention.use_installed(requested)
-        except (ImportError, AttributeError, RuntimeError, ValueError) as e:  # AttributeError: a torch without this
-            why = f"torch can't use it here ({e})"
-            raise ConfigError(
-                "model.attn_implementation", requested, why, "install that package, or model.attn_implementation=auto"
-            ) from None
+    majors = attention.INSTALLED.get(requested, ("", ()))[1]
+    if majors and torch.cuda.get_device_capability(device)[0] not in majors:
+        reason = f"is for GPUs of compute capability {' and '.join(f'{major}.x' for major in majors)}"
+        raise ConfigError("model.attn_implementation", requested, reason, "model.attn_implementation=auto")
     if asked or (requested == "auto" and available and flat):
         return attention.VARLEN
     if requested != "auto":

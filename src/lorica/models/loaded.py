@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lorica.config import TrainConfig
+from lorica.config import ConfigError, TrainConfig
 from lorica.data import token_contract
 from lorica.data.encoding import build_encoder
 from lorica.data.module import LoricaDataModule
@@ -25,7 +25,8 @@ from lorica.models import adapters, base, freezing, weights
 class Loaded:
     """The model with its adapters, its tokenizer, and where it came from.
 
-    padded: batches must be padded, for there is no variable-length attention. layers: how its layers run in training.
+    attention: transformers' name of what computes it, or the package that variable-length attention is by. padded: batches must be
+    padded, for there is no variable-length attention. layers: how its layers run in training.
     """
 
     model: Any
@@ -87,6 +88,13 @@ def load(config: TrainConfig, data: LoricaDataModule, machine: Machine, prepared
     settings = config.model
     found, architecture, tokenizer = prepared.base, prepared.architecture, prepared.tokenizer
     attn = base.attention_name(settings.attn_implementation, architecture, settings.task, machine.device, machine.compute_dtype)
+    if settings.attn_implementation in attention.INSTALLED:
+        try:
+            attention.use_installed(settings.attn_implementation)
+        except (ImportError, AttributeError, RuntimeError, ValueError) as e:
+            why, fix = f"torch can't use it here ({e})", "install that package, or model.attn_implementation=auto"
+            raise ConfigError("model.attn_implementation", settings.attn_implementation, why, fix) from None
+    package = settings.attn_implementation if settings.attn_implementation in attention.INSTALLED else None
     torch.manual_seed(config.seed)  # a classifier's head and the adapters start from here
     model = base.load_model(
         found,
@@ -114,4 +122,4 @@ def load(config: TrainConfig, data: LoricaDataModule, machine: Machine, prepared
     layers = Layers(model)
     if machine.device.type == "cuda":
         layers.seed_dropout(model, machine.device)
-    return Loaded(model, tokenizer, found, attn, padded=attn != attention.VARLEN, layers=layers)
+    return Loaded(model, tokenizer, found, package or attn, padded=attn != attention.VARLEN, layers=layers)
