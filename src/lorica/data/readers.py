@@ -64,7 +64,7 @@ def _check_encoding(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(4)
     wide = next((name for mark, name in WIDE.items() if head.startswith(mark)), None)
-    if wide is None and len(head) == 4 and b"\0" in head[:2]:  # without a mark: by where the zeros of the first letter are
+    if wide is None and len(head) == 4 and any(head) and b"\0" in head[:2]:  # without a mark: by where the zeros of the first letter are
         ends = "BE" if head[0] == 0 else "LE"
         wide = ("UTF-32" if head.count(0) == 3 else "UTF-16") + ends
     if wide is not None:
