@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from lorica import states
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("data.max_train_examples=48", "data.max_validation_examples=15", "data.max_test_examples=9", "trainer.max_epochs=1")
 MODEL = ("model=tiny_mistral_qlora", "data=sentiment", "optimizer.name=sgd", "optimizer.lr=0.2")
@@ -94,7 +96,7 @@ def test_two_processes_that_are_stopped_and_killed_go_on_to_the_same_bits(tmp_pa
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True)
             deadline = time.monotonic() + 150
-            while not any(int(p.name.split(".")[0].removeprefix("step-")) >= after for p in run.glob("checkpoints/step-*.ckpt")):
+            while (last := states.last_state(run)) is None or states.step_of(last) < after:
                 assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
                 time.sleep(0.02)
             (os.killpg if group else os.kill)(process.pid, how)

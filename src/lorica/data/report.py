@@ -143,7 +143,7 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
     if report["conflicts"]["texts"] and "labels" in report:
         yield f"{_count(report['conflicts']['texts'], 'text')} of training with more than one label ({report['conflicts']['rows']:,} rows)"
     if near and "labels" in report and (pairs := near["pairs_with_another_label"]):
-        yield f"{pairs:,} {'pair' if pairs == 1 else 'pairs'} of near duplicates with different labels"
+        yield f"{_count(pairs, 'pair')} of near duplicates with different labels"
     if without := report["rows_with_nothing_to_learn"]["count"]:
         yield f"{share(without, rows['train'], 'training rows')} have nothing to learn"
     cut = report["shortened"]

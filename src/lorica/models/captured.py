@@ -121,17 +121,25 @@ class CapturedScores:
         return self._scores.clone()
 
 
-def waits_for_the_device(run: Callable[[], Any]) -> bool:
-    """Whether what is run waits for the GPU, and so can't be captured; a capture that fails is not undone (pytorch#190348)."""
+@contextmanager
+def waiting_refused() -> Iterator[None]:
+    """Waiting for the device is a RuntimeError here: who waits can't be captured, and a failed capture is not undone (pytorch#190348)."""
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run()
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def waits_for_the_device(run: Callable[[], Any]) -> bool:
+    """Whether what is run waits for the GPU, and so can't be captured."""
+    try:
+        with waiting_refused():
+            run()
     except RuntimeError as e:
         if "synchroniz" not in str(e):
             raise
         return True
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     return False
 
 

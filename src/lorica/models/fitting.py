@@ -24,7 +24,7 @@ from lorica.hardware import Machine, forget, grow_segments, memory_limit
 from lorica.kernels import frozen
 from lorica.kernels.embedding import keep_on_host
 from lorica.kernels.layers import Layers
-from lorica.models.captured import CapturedSteps
+from lorica.models.captured import CapturedSteps, waiting_refused
 from lorica.models.loaded import Loaded
 from lorica.models.module import LoricaModule
 from lorica.models.optimizers import effective_name, state_bytes
@@ -391,16 +391,14 @@ class Fitting:
         try:
             with steps.stream():
                 self._run(self.batches[-1])  # makes the gradients of all that the loss depends on
-                torch.cuda.set_sync_debug_mode("error")  # who waits for the device can't be captured, and a failed capture is not undone
-                for batch in reversed(self.batches):
-                    self._run(batch)
-            torch.cuda.set_sync_debug_mode("default")
+                with waiting_refused():
+                    for batch in reversed(self.batches):
+                        self._run(batch)
             steps.capture(self.batches[::-1])
         except (torch.cuda.OutOfMemoryError, RuntimeError) as e:
             note(f"micro-steps could not be captured as CUDA graphs ({str(e).splitlines()[0]}): they are launched bit by bit")
             steps = None
             forget()
-        torch.cuda.set_sync_debug_mode("default")
         self.module.zero_grad(set_to_none=False)
         return steps
 
