@@ -17,8 +17,9 @@ from functools import lru_cache
 
 import numpy as np
 
-PLAN_VERSION = 2  # another one for the same settings is another plan
+PLAN_VERSION = 3  # another one for the same settings is another plan
 GROUPING_POOL = 16  # windows whose rows are sorted together when rows are grouped by length
+LEAST_PIECE, LONGEST_FITS = 1024, 1.5  # tokens of a packed micro-batch's pieces, at least; times the longest row
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class BatchPlan:
         group_by_length: rows share a micro-batch by their lengths: like ones where it is padded, ones that fill it up where rows lie end
             to end. The order stays random.
         parts: every micro-batch of the settings above is cut into so many, of like tokens, one after the other: a step has the same rows
-            and the same loss, in `accumulate` times as many micro-steps.
+            and the same loss, in `accumulate` times as many micro-steps. Packed ones are made of `pieces`, so that none outgrows its share.
         max_epochs, max_steps: -1 for no limit; one of them must be set.
     """
 
@@ -160,18 +161,22 @@ class BatchPlan:
         return [order[i : i + pool] for i in range(0, len(order), pool)]
 
     def _pack(self, order: np.ndarray, per_window: int) -> list[list[int]]:
-        """Rows into micro-batches of at most `tokens_per_batch`, the longest first, each to the fullest that still has room for it.
+        """Rows into pieces, the longest first, each to the fullest that still has room for it; and pieces, one after the other, into
+        micro-batches.
 
-        A chunk's emptiest micro-batch is broken up into the next chunk, so that only the epoch's last one is left unfilled.
+        A chunk's emptiest pieces are broken up into the next chunk, so that only the epoch's last micro-batch is left unfilled.
         """
         assert self.tokens_per_batch is not None
+        each = pieces(int(self.lengths.max()), self.tokens_per_batch)
         batches: list[list[int]] = []
         left: list[int] = []
         for chunk in self._chunks(order, per_window):
             rows = np.concatenate([np.asarray(left, order.dtype), chunk])
-            packed = pack(self.lengths, rows[np.argsort(-self.lengths[rows], kind="stable")], self.tokens_per_batch)
-            left = packed.pop(min(range(len(packed)), key=lambda i: int(self.lengths[packed[i]].sum())))
-            batches += packed
+            packed = pack(self.lengths, rows[np.argsort(-self.lengths[rows], kind="stable")], self.tokens_per_batch // each)
+            packed.sort(key=lambda piece: -int(self.lengths[piece].sum()))
+            made = (len(packed) - 1) // each
+            left = [row for piece in packed[made * each :] for row in piece]
+            batches += [[row for piece in packed[i : made * each : made] for row in piece] for i in range(made)]
         return [*batches, left]
 
     def _count(self) -> tuple[list[int], list[int], list[int]]:
@@ -203,9 +208,18 @@ class BatchPlan:
         """A window's micro-batches, each cut into `parts`: the first parts of all ranks, then the second ones."""
         if self.parts == 1:
             return window
-        cut = [cut_evenly(self.lengths, batch, self.parts) for batch in window]
+        cut = [self._cut_up(batch) for batch in window]
         ranks = self.world_size
         return [cut[at + rank][part] for at in range(0, len(cut), ranks) for part in range(self.parts) for rank in range(ranks)]
+
+    def _cut_up(self, rows: list[int]) -> list[list[int]]:
+        """A micro-batch in `parts`: in order, as it was packed, where a row would otherwise make one too large."""
+        evenly = cut_evenly(self.lengths, rows, self.parts)
+        if self.tokens_per_batch is None or self.padded:
+            return evenly
+        share = self.tokens_per_batch // self.parts
+        within = max(int(self.lengths[part].sum()) for part in evenly) <= share
+        return evenly if within else cut_in_order(self.lengths, rows, self.parts, share) or evenly
 
     def _balance(self, window: list[list[int]]) -> list[list[int]]:
         """Deal a window's micro-batches so that the ranks of each micro-step have like amounts of work."""
@@ -229,6 +243,25 @@ def pack(lengths: np.ndarray, order: Sequence[int] | np.ndarray, tokens: int) ->
         batches[batch].append(int(row))
         insort(rooms, (room - n, batch))
     return batches
+
+
+def pieces(longest: int, tokens: int) -> int:
+    """How many pieces a packed micro-batch of so many tokens is made of: a power of two, each large enough to be filled well.
+
+    Cut into as many parts, or into half as many, no part has more than its even share of the tokens, whatever rows are in it.
+    """
+    found = 1
+    while tokens // (2 * found) >= max(LEAST_PIECE, LONGEST_FITS * longest):
+        found *= 2
+    return found
+
+
+def cut_in_order(lengths: np.ndarray, rows: Sequence[int], parts: int, tokens: int) -> list[list[int]] | None:
+    """Rows in order as so many lists of at most `tokens` tokens, the last ones empty where rows are few; None where they are too many."""
+    found = cut_batches(lengths, rows, None, tokens, padded=False)
+    if len(found) > parts or any(int(lengths[batch].sum()) > tokens for batch in found):
+        return None
+    return found + [[] for _ in range(parts - len(found))]
 
 
 def cut_evenly(lengths: np.ndarray, rows: Sequence[int], parts: int) -> list[list[int]]:
