@@ -12,7 +12,7 @@ from lorica.durable import DiskFull, sha256
 from lorica.screen import Screen, duration, quiet_libraries
 from lorica.signals import EXIT_CODE, Interrupted, Stop
 
-SCORED_ROWS, WRITTEN_ROWS = {"cuda": 4096}, 512  # of a chunk: by device where labels are scored, and where texts are written
+SCORED_ROWS, WRITTEN_ROWS = 2048, 512  # of a chunk: where labels are scored, and where texts are written
 LARGE = 1 << 28  # bytes of a file that takes a while to be looked through
 
 quiet_libraries()
@@ -80,7 +80,7 @@ def _answer_file(config: PredictConfig, screen: Screen, stop: Stop) -> int:
     devices = _named_here(lambda: hardware.device_numbers(config.devices, kind))
     run = Path(config.run).expanduser()
     task = read_task(weights_folder(run))
-    chunk_rows = _chunk_rows(config, kind, task)
+    chunk_rows = _chunk_rows(config, task)
     version = _version(source)
     if source.stat().st_size > LARGE:
         screen.print(f"looking through {source} ({source.stat().st_size / 2**30:.1f} GiB)")
@@ -143,9 +143,9 @@ def _say_what_is_done(survey: Survey, before: int, seconds: float, target: Path,
         screen.note(f"and {more:,} more; their rows say why in the column error")
 
 
-def _chunk_rows(config: PredictConfig, kind: str, task: dict[str, Any]) -> int:
+def _chunk_rows(config: PredictConfig, task: dict[str, Any]) -> int:
     """Rows of a chunk: many, so that batches of like lengths are found in it, and few, so that little is lost with one."""
-    rows = SCORED_ROWS.get(kind, 2048) if task.get("labels") else WRITTEN_ROWS
+    rows = SCORED_ROWS if task.get("labels") else WRITTEN_ROWS
     return rows if config.batch_size is None else -(-rows // config.batch_size) * config.batch_size
 
 

@@ -25,7 +25,7 @@ from lorica.models.trained import Trained
 BATCH = 32  # texts at once
 ELEMENTS = 1 << 26  # of the hidden states of texts at once on a GPU: 16,384 tokens of Mistral-7B
 LETTERS = 4  # to a token, about
-CAPTURED_TOKENS = 32768  # of a captured batch
+CAPTURED_TOKENS = 16384  # of a captured batch
 CAPTURED_ROWS = 4096  # texts in all, from which on a capture is worth it: it takes as long as some thousand of them
 CAPTURED_LENGTH = 512  # tokens that a text in one may have at most
 SPARE = 1.25  # times as many rows as texts of the first lengths would be: shorter ones may come

@@ -60,7 +60,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, tiny_mistral: Path) -> Path:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict, "SCORED_ROWS", {"cpu": 4})
+    monkeypatch.setattr(predict, "SCORED_ROWS", 4)
 
 
 def texts(n: int) -> list[str]:
@@ -120,7 +120,7 @@ def test_every_row_is_in_its_place_in_every_format(given: str, model: Path, tmp_
 def test_chunks_change_no_answer(model: Path, tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch) -> None:
     file, found = write_csv(tmp_path / "in.csv", 40), []
     for size in (2048, 7):
-        monkeypatch.setattr(predict, "SCORED_ROWS", {"cpu": size})
+        monkeypatch.setattr(predict, "SCORED_ROWS", size)
         assert lorica("predict", f"run={model}", f"input={file}", "accelerator=cpu")[0] == 0
         found.append(rows_of(tmp_path / "in.scored.csv"))
     for one, other in zip(*found, strict=True):

@@ -101,8 +101,10 @@ def text_column(task: dict[str, Any], fields: dict[str, Any]) -> str:
 
 
 def _known_column(task: dict[str, Any], fields: dict[str, Any]) -> str | None:
-    names = (task.get("text_column"), task.get("input_column"), task.get("prompt_column"), "text")
-    return next((str(name) for name in names if name and name in fields), None)
+    for name in (task.get("text_column"), task.get("input_column"), task.get("prompt_column"), "text"):
+        if name and name in fields:
+            return str(name)
+    return None
 
 
 def typed_text(task: dict[str, Any], example: Example) -> str:

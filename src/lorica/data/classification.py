@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,13 @@ def label_numbers(labels: Sequence[str], values: Sequence[str]) -> dict[str, int
 
 def fill_prompt(template: str, text: str, labels: list[str]) -> str:
     """`template` with {labels} as `a, b or c` and {text}; braces in the text are left alone."""
+    before, after = _around_text(template, tuple(labels))
+    return before + text + after
+
+
+@lru_cache
+def _around_text(template: str, labels: tuple[str, ...]) -> tuple[str, str]:
+    """What stands before the text, and after it."""
     listing = f"{', '.join(labels[:-1])} or {labels[-1]}" if len(labels) > 1 else "".join(labels)
     before, _, after = template.partition("{text}")
-    return before.replace("{labels}", listing) + text + after.replace("{labels}", listing)
+    return before.replace("{labels}", listing), after.replace("{labels}", listing)

@@ -106,7 +106,7 @@ def _csv_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
             if len(cells) != len(header):
                 yield Row(origin, {}, f"has {len(cells)} columns, not {len(header)}")
                 continue
-            yield Row(origin, dict(zip(header, cells, strict=True)), _undecodable(cells))
+            yield Row(origin, dict(zip(header, cells, strict=True)), _undecodable("".join(cells)))
 
 
 def _delimiter(header: str) -> str:
@@ -114,7 +114,7 @@ def _delimiter(header: str) -> str:
     return next((mark for mark in ",;\t" if mark in header), ",")
 
 
-def _undecodable(values: Iterable[Any]) -> str:
+def _undecodable(*values: Any) -> str:
     """Why texts, also those inside lists and objects, can't be read, or ""."""
     waiting = list(values)
     while waiting:
@@ -151,7 +151,7 @@ def _json_row(origin: str, raw: bytes) -> Row:
 def _record(origin: str, value: Any) -> Row:
     if not isinstance(value, dict):
         return Row(origin, {}, f"is a JSON {type(value).__name__}, not an object")
-    return Row(origin, value, _undecodable(value.values()))
+    return Row(origin, value, _undecodable(*value.values()))
 
 
 def _json_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
