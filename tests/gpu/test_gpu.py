@@ -39,14 +39,14 @@ def _mistral(attn: str, window: int | None = None) -> torch.nn.Module:
     return model
 
 
-def _bert(folder: Path, tiny_mistral: Path) -> Path:
-    """A small encoder of random weights."""
+def _bert(folder: Path, tiny_mistral: Path, spread: float = 0.02) -> Path:
+    """A small encoder of random weights, whose standard deviation is `spread`."""
     from transformers import AutoTokenizer, BertConfig, BertModel
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_mistral)
     tokenizer.save_pretrained(folder)
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id or 0, **shape)
+    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id or 0, initializer_range=spread, **shape)
     BertModel(config).save_pretrained(folder)
     return folder
 
@@ -285,7 +285,7 @@ def test_captured_forwards_score_as_launched_ones_and_alike_each_time(
     from lorica.data.examples import Example
     from lorica.models.trained import load_trained
 
-    run, bert = tmp_path / "run", _bert(tmp_path / "bert", tiny_mistral)
+    run, bert = tmp_path / "run", _bert(tmp_path / "bert", tiny_mistral, spread=0.1)
     learnt = [f"model.base={bert}", "data=ag_news", "data.max_train_examples=64", "trainer.max_epochs=2", "trainer.precision=bf16-mixed"]
     with pytest.raises(SystemExit) as end:
         main("train", ["model=minilm_lora", *learnt, f"run_dir={run}"])
@@ -301,7 +301,7 @@ def test_captured_forwards_score_as_launched_ones_and_alike_each_time(
     captured, order = predictor.scorer.score(examples)
     assert predictor.scorer._captured is not None and order.tolist() == list(range(len(examples)))
     torch.testing.assert_close(captured, launched[torch.from_numpy(place)], rtol=0, atol=0.02)
-    assert captured.std(0).min() > 0.001
+    assert captured.std(0).min() > 0.05
     assert torch.equal(predictor.scorer.score(examples)[0], captured)
 
 
