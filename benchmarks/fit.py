@@ -5,7 +5,8 @@
 
 fitted: QLoRA of Mistral-7B, 8,192 tokens a step, at every limit and length with `trainer.fit=true`: tokens/s, peak, and the loss of every
 step, which is to be the same at every limit. settings: every way by hand (parts, layers computed again), each once without a limit, for
-a rate does not depend on what is left; the best of a cell is the fastest whose reserved memory is within the limit.
+a rate does not depend on what is left; the best of a cell is the fastest whose reserved memory is within the limit. A way that is in no
+cell, by the plan, is not run.
 A cell that the plan says does not fit is to be refused, not run into. Where OUT.json is there, what it has is kept and not run again.
 """
 
@@ -20,13 +21,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import qlora
+from benchmarks import memory, qlora
 from benchmarks.side_by_side import Failed, call, machine, scratch, versions
+from lorica.planning.cards import CARDS, GIB
 
 TOKENS, STEPS, WARM = 8192, 16, 6
 PARTS = (1, 2, 4, 8)
 AGAIN = ("false", "8", "16", "24", "true", "offload")
 WAYS = [f"{parts}:{again}" for parts in PARTS for again in AGAIN]
+PLAN_ERROR = 1.08  # the plan is at most so many times too high
 
 
 def recipe(model: Path, rows: Path, length: int, *more: str) -> list[str]:
@@ -112,11 +115,13 @@ def main() -> None:
     parser.add_argument("--stages", default="fitted,settings")
     parser.add_argument("--ways", default=",".join(WAYS), help="of the settings by hand")
     parser.add_argument("--timeout", type=float, default=150)
+    parser.add_argument("--card", default="h200_141gb", choices=list(CARDS), help="that it is run on")
     parser.add_argument("--within", type=float, default=1e9, help="seconds after which no further run is begun")
     options = parser.parse_args()
     began = time.perf_counter()
     rows_folder = options.model.with_name(f"{options.model.name}-rows")
     qlora.prepare(options.model, rows_folder, "mixed")
+    limits = [float(limit) for limit in options.limits.split(",")]
     earlier: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
     fitted: list[dict[str, Any]] = earlier.get("fitted", [])
     by_hand: list[dict[str, Any]] = earlier.get("settings", [])
@@ -133,14 +138,17 @@ def main() -> None:
         options.out.write_text(json.dumps(text, indent=1) + "\n")
 
     for length in map(int, options.lengths.split(",")):
-        for limit in map(float, options.limits.split(",")) if "fitted" in options.stages else ():
+        for limit in limits if "fitted" in options.stages else ():
             if to_do(length, limit):
                 own = recipe(options.model, rows_folder / "mixed", length)
                 keep({"limit": limit, "length": length, **trained(own, limit, options.timeout)}, fitted)
         for name, way in settings(length, options.ways.split(",")) if "settings" in options.stages else ():
             if to_do(length, name):
                 own = recipe(options.model, rows_folder / "mixed", length, *way)
-                keep({"name": name, "length": length, **trained(own, None, options.timeout)}, by_hand)
+                needs = memory.predicted(memory.Point(name, tuple(own)), CARDS[options.card]).fit.peak / GIB
+                fits = needs <= max(limits) * PLAN_ERROR
+                figures = trained(own, None, options.timeout) if fits else {"ended": "fits no limit"}
+                keep({"name": name, "length": length, "predicted_gib": needs, **figures}, by_hand)
     print(json.dumps(table(fitted, by_hand), indent=1))
 
 

@@ -6,6 +6,9 @@ Models of random weights are built in DIR: Mistral-7B, two smaller Mistrals, RoB
 combination of model, bits, full or LoRA, rank, what has adapters, tokens of a micro-batch, layers computed again, optimiser, compiled
 or not; seed 0 was looked at while the formulas were written, seed 1 was not. Measured: memory/peak_gib of the run's metrics.json, which
 spans training, validation and test. How layers run is given, not left to what is free on a card that others use, too.
+
+`--again` plans the points of OUT.json anew, without a GPU, once the formulas have changed: what was measured stays, and what was planned
+before the points were run is kept as first_predicted_gib.
 """
 
 from __future__ import annotations
@@ -233,6 +236,20 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def plan_again(out: Path, models: Path, card: Card) -> None:
+    """The points of a file as they are planned now."""
+    text = json.loads(out.read_text())
+    rows = {row["name"]: row for row in text["points"]}
+    for point in points(len(rows), text["seed"], models):
+        row, plan = rows[point.name], predicted(point, card)
+        row.setdefault("first_predicted_gib", row["predicted_gib"])
+        row["predicted_gib"] = plan.fit.peak / GIB
+        row["parts_gib"] = {k: round(v / GIB, 3) for k, v in memory.train(plan.fit.job, plan.card).items()}
+        if "measured_gib" in row:
+            row["error"] = row["predicted_gib"] / row["measured_gib"] - 1
+    out.write_text(json.dumps({**text, "summary": summary(text["points"]), "planned_again": time.strftime("%Y-%m-%d")}, indent=1) + "\n")
+
+
 def main() -> None:
     """All points, as many at once as the card holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -247,9 +264,13 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=180)
     parser.add_argument("--within", type=float, default=1e9, help="seconds after which no further point is begun")
     parser.add_argument("--card", default="h200_141gb", choices=list(CARDS))
+    parser.add_argument("--again", action="store_true", help="plan the points of OUT anew; models need their configurations only")
     options = parser.parse_args()
     began = time.perf_counter()
     card = CARDS[options.card]
+    if options.again:
+        plan_again(options.out, options.models, card)
+        return
     chosen = points(options.points, options.seed, options.models)
     prepare(options.models, options.texts, {point.name.split()[0] for point in chosen})
     plans = [predicted(point, card) for point in chosen]  # one by one: Hydra is not made for threads

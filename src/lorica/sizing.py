@@ -90,8 +90,8 @@ def expected(config: TrainConfig, data: LoricaDataModule, machine: Machine, arch
     if not shape.exact:
         return None
     card = card_at_hand(machine)
-    job, _ = job_of(config, shape, card, lengths_of(data, config))
-    return memory.settle(_planned(job, data, size), card, config.trainer.gradient_checkpointing, config.trainer.resident_weights)
+    job, sizes = job_of(config, shape, card, lengths_of(data, config))
+    return parts.settled(config, _planned(job, data, size), sizes, card)
 
 
 def _planned(job: memory.Job, data: LoricaDataModule, size: Size) -> memory.Job:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorica import scoring, train
 from lorica.composition import compose
@@ -50,6 +53,54 @@ def test_the_measured_grids_are_as_near_as_is_said(grid: str) -> None:
     errors = sorted(abs(row["predicted_gib"] / row["measured_gib"] - 1) for row in rows)
     assert len(errors) >= 10 and errors[len(errors) // 2] < 0.01 and errors[-1] < 0.08
     assert all(sum(row["parts_gib"].values()) == pytest.approx(row["predicted_gib"], abs=0.01) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("size", "counted"), [(0.5, 0.5), (1.5, 1.5 + 0.5 / 13), (4, 4), (6, 6), (9, 9), (11, 12), (13, 14), (28, 28), (28.5, 28.5)]
+)
+def test_tensors_take_what_is_left_of_their_segment(size: float, counted: float) -> None:
+    """MiB, as torch's allocator cuts its segments: 20 MiB for tensors of 1 to 10, else one for each, in steps of 2."""
+    assert memory.handed_out(size * 2**20) / 2**20 == pytest.approx(counted)
+
+
+@pytest.mark.parametrize(("tiles", "copies"), [(1, 2), (3, 2 + 4)])
+def test_a_trained_heads_largest_moment_holds_its_copy_and_the_sum_of_its_gradients(
+    tiles: int, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes for each of its weights beside the tiles' logits, as torch runs it under an autocast that keeps no copies, like Lightning's."""
+    vocabulary, hidden, rows = 2000, 64, 100
+    monkeypatch.setattr(loss, "TILE_ELEMENTS", rows * vocabulary)
+    head = torch.nn.Linear(hidden, vocabulary, bias=False)
+    states = torch.randn(tiles * rows, hidden, requires_grad=True)
+    with (watched := Storages(2 * vocabulary * hidden)), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        total = loss.head_cross_entropy(head, vocabulary, states, torch.zeros(tiles * rows, dtype=torch.int64)).sum()
+        total.backward()
+    assert watched.most == copies * vocabulary * hidden + 12 * rows * vocabulary
+    planned = replace(job("model.lora=null", "model.quantization=null"), targets=tiles * 1024)
+    of_head = planned.shape.vocabulary * planned.shape.hidden
+    tile = 12.0 * memory.TILE_ELEMENTS // planned.shape.vocabulary * planned.shape.vocabulary
+    assert memory.logits(planned) - 8.0 * planned.targets * planned.shape.hidden == pytest.approx(
+        max(tile + copies * of_head, 6.0 * of_head), rel=0.01
+    )
+
+
+class Storages(TorchDispatchMode):
+    """The most bytes at once of storages of at least so many that operations made."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.most = least, 0
+        self.live: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, made if isinstance(made, (tuple, list)) else (made,)):
+            storage = tensor.untyped_storage()
+            if storage.nbytes() >= self.least and storage._cdata not in self.live:
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata, None)
+        self.most = max(self.most, sum(self.live.values()))
+        return made
 
 
 def test_a_small_micro_step_that_is_not_captured_waits_for_the_host() -> None:

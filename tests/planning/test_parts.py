@@ -14,10 +14,11 @@ import pytest
 from lorica import sizing
 from lorica.composition import compose
 from lorica.config import ConfigError, TrainConfig
-from lorica.planning import parts
+from lorica.planning import memory, parts
 from lorica.planning.cards import CARDS, GIB, Card
 from lorica.planning.known import KNOWN
 from lorica.planning.lengths import Lengths, look
+from lorica.planning.pace import captured
 from lorica.planning.parts import Size
 from lorica.planning.shapes import Shape, find_shape
 
@@ -55,6 +56,21 @@ def test_the_smaller_the_card_the_less_it_holds_at_once() -> None:
     assert all(held)
     peaks = [one.fit.peak for one in held if one is not None]
     assert peaks == sorted(peaks)
+
+
+def test_short_steps_leave_room_for_evaluation_so_that_they_can_be_captured() -> None:
+    def chosen(*overrides: str) -> memory.Job:
+        found = parts.fastest(*run("trainer.tokens_per_batch=8192", *overrides)[:2], card(15), run()[2])
+        assert found is not None
+        return found.fit.job
+
+    job = chosen()
+    assert job.beside and captured(job, card(15)) and job.evaluated <= job.tokens
+    assert memory.with_evaluation(job, card(15)) <= memory.limit(card(15))
+    for hindrance in ("trainer.cuda_graphs=false", "trainer.detect_anomaly=true", "trainer.devices=2"):
+        assert not chosen(hindrance).beside
+    plain = replace(job, recomputed=2)
+    assert not captured(replace(plain, random=True), card(139)) and captured(plain, card(139))
 
 
 def test_what_was_turned_off_is_not_done() -> None:

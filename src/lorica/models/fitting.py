@@ -127,13 +127,15 @@ def fit(
     machine: Machine,
     config: TrainConfig,
     compiled: bool,
+    beside: bool,
     arithmetic: Callable[[], AbstractContextManager[Any]],
     note: Callable[[str], None],
 ) -> Fit:
     """Set how the layers of a prepared module run, and find out on a GPU what fits.
 
     Args:
-        compiled: see `compiles`; `data` then fills its batches up. arithmetic: a context for forwards (autocast), made anew for each use.
+        compiled: see `compiles`; `data` then fills its batches up. beside: leave room for evaluation, in batches no larger than those of
+            training, so that micro-steps can be captured. arithmetic: a context for forwards (autocast), made anew for each use.
         note: tells the user of what could not be done later.
     Raises:
         TooLarge: the largest micro-batch does not fit, or not as asked.
@@ -156,8 +158,9 @@ def fit(
     if trainer.resident_weights is None and lora is not None and not lora.use_dora and lora.bias == "none":
         fitting.keep_plain = partial(frozen.prepare_layers, module.model, machine.compute_dtype, trainer.fp8, True)
     name, _ = effective_name(str(config.optimizer.name), device)
+    fitting.room = _evaluation(fitting, data, device, small=True) if beside else 0
     found = fitting.fit(asked, compiled, name)
-    evaluation = _evaluation(fitting, data, device)
+    evaluation = fitting.room or _evaluation(fitting, data, device)
     module.roomy = found.recomputed < found.layers  # memory is not short
     if why := effective_name(name, device, module.roomy)[1]:
         found.notes.append(why)
@@ -191,16 +194,18 @@ def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
-def _evaluation(fitting: Fitting, data: LoricaDataModule, device: torch.device) -> int:
+def _evaluation(fitting: Fitting, data: LoricaDataModule, device: torch.device, small: bool = False) -> int:
     """Bytes that evaluation takes; its batches are made smaller until the largest takes no more than training does, in memory or in tokens.
 
+    Args:
+        small: in tokens.
     Raises:
         ConfigError: not even single rows fit.
     """
     while data.batching.world_size == 1 and (batch := data.largest_evaluation_batch()) is not None:  # ranks must have the same batches
         size, rows = fitting.evaluation_bytes(_on(device, batch)), len(batch["index"])
-        small = rows == 1 or batch["input_ids"].numel() <= fitting.batches[-1]["input_ids"].numel()
-        if size is not None and (small or torch.cuda.memory_allocated(device) + fitting.stay + size <= fitting.peak):
+        least = rows == 1 or batch["input_ids"].numel() <= fitting.batches[-1]["input_ids"].numel()
+        if size is not None and (least or (not small and torch.cuda.memory_allocated(device) + fitting.stay + size <= fitting.peak)):
             return size
         if rows == 1:
             raise ConfigError(
@@ -218,12 +223,13 @@ class Fitting:
         arithmetic: a context for forwards (autocast), made anew for each use.
 
     Attributes:
-        keep_plain: lets 4-bit weights stay plain, where that may be decided here.
+        keep_plain: lets 4-bit weights stay plain, where that may be decided here. room: bytes to be left beside a micro-step.
         stay: bytes of the optimiser's state and of gradients, which stay through evaluation. peak: bytes of the largest micro-batch, with
             all that stays. seconds: of a micro-step of each batch. Known after `fit`.
     """
 
     keep_plain: Callable[[], None] | None = None
+    room = 0
 
     def __init__(
         self, module: LoricaModule, layers: Layers, batches: list[dict[str, Any]], arithmetic: Callable[[], AbstractContextManager[Any]]
@@ -316,13 +322,13 @@ class Fitting:
         layers.measuring = False
         if measured:
             more = max(1, layers.kept[len(layers) - 1] - layers.kept[0])  # for each layer that keeps its own
-            keep = 1 + int((self.limit() - torch.cuda.max_memory_allocated()) // more)
+            keep = 1 + int((self.limit() - self.room - torch.cuda.max_memory_allocated()) // more)
             layers.recomputed = min(len(layers), max(0, len(layers) - keep))
-            while not self._fits():
+            while not (fits := self._fits()) or (self.room and torch.cuda.max_memory_allocated() > self.limit() - self.room):
                 if layers.recomputed == len(layers):
                     break
-                layers.recomputed = min(len(layers), layers.recomputed + max(1, len(layers) // 8))
-            else:
+                layers.recomputed = min(len(layers), layers.recomputed + (1 if fits else max(1, len(layers) // 8)))
+            if fits:
                 return
         layers.recomputed, layers.offload = len(layers), False
         if not self._fits():

@@ -8,6 +8,7 @@ import numpy as np
 
 from lorica.checks import trained_layers
 from lorica.config import TrainConfig
+from lorica.data.batching import pieces
 from lorica.planning.activations import Way
 from lorica.planning.cards import Card
 from lorica.planning.lengths import Lengths
@@ -27,7 +28,8 @@ class Batches:
 
     Attributes:
         tokens: of the largest, padding included. mean: of a row, without padding. rows: sequences of the largest. targets: places learnt in
-            it. micro_steps: of the whole run; None where that is not known. longest: tokens of a row.
+            it. micro_steps: of the whole run; None where that is not known. longest: tokens of a row. pieces: that each is packed of
+            (`data.batching.pieces`); 1 where it is not packed.
     """
 
     tokens: int
@@ -36,6 +38,7 @@ class Batches:
     targets: int
     micro_steps: int | None
     longest: int
+    pieces: int = 1
 
 
 def batches(config: TrainConfig, lengths: Lengths | None, flat: bool) -> Batches:
@@ -70,7 +73,8 @@ def batches(config: TrainConfig, lengths: Lengths | None, flat: bool) -> Batches
     steps = of_epoch * max(1, t.max_epochs)
     if t.max_steps >= 0:
         steps = min(steps, t.max_steps * t.accumulate_grad_batches) if t.max_epochs > 0 else t.max_steps * t.accumulate_grad_batches
-    return Batches(size, mean, rows, max(1, places), int(steps), longest)
+    packed = flat and t.group_by_length and t.tokens_per_batch is not None
+    return Batches(size, mean, rows, max(1, places), int(steps), longest, pieces(longest, size) if packed else 1)
 
 
 def runs_flat(config: TrainConfig, card: Card) -> bool:
@@ -86,6 +90,7 @@ def job_of(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | Non
     sizes = batches(config, lengths, flat)
     compiled = t.compile if t.compile is not None else flat and (sizes.micro_steps is None or sizes.micro_steps >= WORTH_COMPILING)
     b = 4 if t.precision == "32-true" else 2
+    scaled = t.precision == "16-mixed"
     adapted = targets(shape, lora.target_modules) if lora is not None else ()
     head = lora is not None and shape.decoder and targets_head(lora.target_modules)
     four_bit = model.quantization is not None and model.quantization.load_in_4bit
@@ -117,6 +122,8 @@ def job_of(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | Non
             host_embeddings=t.offload_embeddings,
             fp8=t.fp8,
             frozen=shape.layers - learning,
+            capturable=t.cuda_graphs is not False and not t.detect_anomaly and not scaled and cards_used(config) == 1 and t.devices != -1,
+            random=shape.dropout or (lora is not None and lora.lora_dropout > 0),
         ),
         sizes,
     )

@@ -20,6 +20,9 @@ SPARE, SPARE_BYTES, PLENTY = 0.06, 256 << 20, 2  # models.fitting
 BLOCK, BLOCK2 = 64, 256  # bitsandbytes' NF4: weights to a scale, scales to a scale of theirs
 BACKWARD = "backward of a layer"
 PIECES = 0.02  # share of the peak that the allocator holds besides, in pieces
+# torch's c10/core/AllocatorConfig.h: what is left of a segment goes with the last tensor unless it is more than SMALL; tensors up to LARGE
+# share segments of SEGMENT bytes, larger ones have their own, a multiple of ROUND.
+SMALL, LARGE, SEGMENT, ROUND = 1 << 20, 10 << 20, 20 << 20, 2 << 20
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,9 @@ class Job:
         tokens: of the largest micro-batch, padding included. rows: sequences in it. targets: places of it that are learnt.
         evaluated: tokens of the largest evaluation batch. recomputed: layers computed again in backward. offload: their inputs in host
             memory meanwhile. resident: 4-bit weights kept plain as well. host_embeddings: the input embeddings in host memory.
-        frozen: first layers, which no gradient flows through.
+        frozen: first layers, which no gradient flows through. capturable: micro-steps may be captured, as far as memory allows. random:
+            layers draw random numbers, and can't be captured where they are computed again. beside: evaluation has its memory beside
+            captured micro-steps, in batches that are no larger than theirs.
     """
 
     shape: Shape
@@ -51,6 +56,9 @@ class Job:
     host_embeddings: bool = False
     fp8: bool = False
     frozen: int = 0
+    capturable: bool = False
+    random: bool = False
+    beside: bool = False
 
     @property
     def learning(self) -> int:
@@ -59,6 +67,24 @@ class Job:
 
 
 Parts = dict[str, float]
+
+
+def handed_out(size: float) -> float:
+    """Bytes that the allocator counts for a tensor, on average."""
+    if size < SMALL:
+        return size
+    if size < LARGE:
+        left = SEGMENT % size
+        return size + (left / (SEGMENT // size) if left <= SMALL else 0.0)
+    left = -size % ROUND
+    return size + (left if left <= SMALL else 0.0)
+
+
+def in_blocks(job: Job) -> float:
+    """Times their own bytes that a layer's tensors of a number a token take."""
+    shape, of = job.shape, job.way.b * job.tokens
+    sizes = [of * n for n in (*[shape.hidden] * 4, *[shape.keys] * 2, *[shape.inner] * (3 if shape.gated else 2))]
+    return sum(map(handed_out, sizes)) / sum(sizes)
 
 
 def total(parts: Parts) -> float:
@@ -71,7 +97,8 @@ def weights(job: Job) -> Parts:
     shape, b = job.shape, 4 if job.way.full else job.way.b
     own = shape.weights - (shape.embeddings if job.host_embeddings else 0)
     if not job.four_bit:
-        return {"weights": float(b * own)}
+        blocks = 0.0 if job.way.full else shape.layers * sum(handed_out(b * one.weights) - b * one.weights for one in shape.linears)
+        return {"weights": b * own + blocks}
     coded = shape.in_linears
     scales = coded / BLOCK * (1 + 4 / BLOCK2 if job.double else 4)
     return {"weights": b * (own - coded) + coded / 2, "quantisation state": scales}
@@ -102,8 +129,9 @@ def stays(job: Job) -> Parts:
 
 def logits(job: Job) -> float:
     """Bytes of the output head's largest moment: a tile's logits in fp32 and two of their size for the gradient; hidden states of the
-    places that are learnt, and their gradients. Under training also the head's copy in the arithmetic's type and the sum of the tiles'
-    gradients for it; or, when the logits are gone, that gradient in both types."""
+    places that are learnt, and their gradients. Under training also the head's copy in the arithmetic's type and the sum in fp32 of the
+    tiles' gradients for it (each tile makes its own copy: Lightning's autocast keeps none); or, when the logits are gone, that gradient in
+    both types."""
     shape, b = job.shape, job.way.b
     if not shape.decoder:
         return 3 * 4.0 * job.rows * max(job.labels, 1)
@@ -115,7 +143,7 @@ def logits(job: Job) -> float:
     if not job.way.full or b == 4:
         return tile + hidden
     head = shape.vocabulary * shape.hidden
-    return max(tile + b * head * (1 if job.targets <= places else 2), (b + 4.0) * head) + hidden
+    return max(tile + (b + (0 if job.targets <= places else 4)) * head, (b + 4.0) * head) + hidden
 
 
 def ends(job: Job) -> float:
@@ -141,7 +169,7 @@ def train(job: Job, card: Card) -> Parts:
     own = kept(shape, way)
     layers, again = job.learning, min(job.recomputed, job.learning)
     waiting = (0.0 if job.offload else own.input * job.tokens * again) + beginning(job)
-    whole = (own.a_token * job.tokens + own.once) * (layers - again) + waiting
+    whole = (own.a_token * job.tokens * in_blocks(job) + own.once) * (layers - again) + waiting
     passed = residual(shape, way) * shape.hidden * job.tokens  # the gradient between two layers
     plain = sum(dequantised(job).values())
     moments = [("logits", whole + ends(job), logits(job), 0.0)]
@@ -195,6 +223,11 @@ def evaluate(job: Job, card: Card) -> Parts:
     head = shape.vocabulary * shape.hidden if shape.decoder else 0
     casts = b * (shape.layers * shape.of_layer + head) if job.way.full and b < 4 else 0
     return {**held, "activations": min(most, forward(job, job.evaluated) + tile + casts)}
+
+
+def with_evaluation(job: Job, card: Card) -> float:
+    """Bytes of a micro-step's peak with an evaluation batch beside what captured micro-steps hold on to."""
+    return total(train(job, card)) + evaluate(job, card)["activations"]
 
 
 def load(job: Job, card: Card) -> Parts:
@@ -264,7 +297,7 @@ def settle(job: Job, card: Card, asked: bool | int | str | None, resident: bool 
         return replace(job, **changes)  # type: ignore[arg-type]
 
     def peak(one: Job) -> float:
-        return total(train(one, card))
+        return with_evaluation(one, card) if one.beside else total(train(one, card))
 
     if job.four_bit and resident is not False and not asked:
         plain = ran(resident=True, recomputed=0, offload=False)

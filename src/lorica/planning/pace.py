@@ -8,13 +8,13 @@ keeps them as long: an estimate.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import log
 
 from lorica.planning.cards import Card
 from lorica.planning.jobs import Batches
-from lorica.planning.memory import Job, evaluate, limit, total, train
+from lorica.planning.memory import Job, limit, with_evaluation
 
 MEASURED_ON = "H200 141 GB"
 REACHED = 0.786  # of the maker's figure, by a large product of two bf16 matrices
@@ -22,6 +22,7 @@ REACHED = 0.786  # of the maker's figure, by a large product of two bf16 matrice
 DECODERS = ((1.4e13, 0.457), (5.8e13, 0.616), (1.44e14, 0.674), (4.6e14, 0.66))
 # RoBERTa-base: adapters at 8,192 and 32,768 tokens, every weight at 32,768.
 ENCODERS = ((2.8e12, 0.322), (1.1e13, 0.371), (1.67e13, 0.424))
+AGAIN = 0.7  # of what its FLOPs would take: a second forward has no gradients of adapters (benchmarks/results/fit_h200.json)
 NOT_COMPILED = 0.45  # of a compiled run's rate (docs/experiments.md: 4,096 tokens, every layer computed again)
 PASSED = 0.8  # of the bandwidth, when weights are made plain
 DEQUANTISED = 2.53  # bytes read and written for each
@@ -57,8 +58,9 @@ def pace(job: Job, sizes: Batches, card: Card, count: int, epoch: float | None, 
 
 def rate(job: Job, sizes: Batches, card: Card) -> float:
     """Tokens a second, padding not counted."""
-    of_batch = flops(job) * job.tokens
-    share = _between(DECODERS if job.shape.decoder else ENCODERS, of_batch * 989 / card.teraflops)  # what keeps an H200 as long
+    once, again = flops(replace(job, recomputed=0)) * job.tokens, flops(job) * job.tokens
+    of_batch = once + AGAIN * (again - once)
+    share = _between(DECODERS if job.shape.decoder else ENCODERS, once * 989 / card.teraflops)  # what keeps an H200 as long
     way = (1.0 if job.way.compiled else NOT_COMPILED) * (FP8 if job.fp8 else 1.0)
     seconds = of_batch / (card.teraflops * 1e12 * REACHED * share * way)
     if job.four_bit and (job.frozen or not job.resident):
@@ -66,14 +68,14 @@ def rate(job: Job, sizes: Batches, card: Card) -> float:
         passes = (job.frozen + again) / max(1, job.shape.layers)
         seconds += passes * job.shape.in_linears * DEQUANTISED / (card.bandwidth * 1e9 * PASSED)
     launches = LAUNCHED * job.shape.layers
-    if job.way.compiled and seconds < launches and not captured(job, card):
-        seconds = launches
+    if job.way.compiled and not captured(job, card):
+        seconds = max(seconds, launches)
     return min(float(job.tokens), sizes.mean * sizes.rows) / seconds
 
 
 def captured(job: Job, card: Card) -> bool:
-    """Whether there is room for micro-steps as CUDA graphs, with evaluation beside them (`models.fitting`)."""
-    return total(train(job, card)) + evaluate(job, card)["activations"] <= limit(card)
+    """Whether micro-steps run as CUDA graphs: they may, and there is room for them with evaluation beside them (`models.fitting`)."""
+    return job.way.compiled and job.capturable and not (job.random and job.recomputed) and with_evaluation(job, card) <= limit(card)
 
 
 def flops(job: Job) -> float:

@@ -10,7 +10,7 @@ from lorica.planning import memory
 from lorica.planning.cards import GIB, Card
 from lorica.planning.jobs import Batches, job_of
 from lorica.planning.lengths import Lengths
-from lorica.planning.pace import rate
+from lorica.planning.pace import captured, rate
 from lorica.planning.shapes import Shape
 
 MOST_PARTS = 64
@@ -44,7 +44,19 @@ def sized(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | None
     """A run in parts, on a card."""
     job, sizes = job_of(config, shape, card, lengths)
     job, sizes = _cut(replace(job, host_embeddings=size.host_embeddings), sizes, size.parts)
-    return Sized(size, memory.settle(job, card, config.trainer.gradient_checkpointing, config.trainer.resident_weights), sizes)
+    return Sized(size, settled(config, job, sizes, card), sizes)
+
+
+def settled(config: TrainConfig, job: memory.Job, sizes: Batches, card: Card) -> memory.Fit:
+    """How the run's layers will run: as few as can be computed again, or as few as leave room for evaluation, where micro-steps can be
+    captured then and are so much faster."""
+    asked, resident = config.trainer.gradient_checkpointing, config.trainer.resident_weights
+    plain = memory.settle(job, card, asked, resident)
+    if not (job.way.compiled and job.capturable) or captured(plain.job, card):
+        return plain
+    roomy = memory.settle(replace(job, beside=True, evaluated=min(job.evaluated, job.tokens)), card, asked, resident)
+    faster = captured(roomy.job, card) and rate(roomy.job, sizes, card) > rate(plain.job, sizes, card) * BETTER
+    return roomy if faster else plain
 
 
 def fastest(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | None) -> Sized | None:
@@ -96,11 +108,12 @@ def _ways(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | None
 
 
 def _cut(job: memory.Job, sizes: Batches, parts: int) -> tuple[memory.Job, Batches]:
-    """The largest part: its even share, and half a row that is one too many."""
+    """The largest part: its even share, and, where it is no whole number of pieces, half a row that is one too many."""
     if parts == 1:
         return job, sizes
     rows = -(-job.rows // parts)
-    tokens = min(job.tokens, max(sizes.longest, job.tokens // parts + sizes.longest // 2))
+    over = sizes.longest // 2 if sizes.pieces % parts else 0
+    tokens = min(job.tokens, max(sizes.longest, job.tokens // parts + over))
     targets = min(tokens, -(-job.targets * tokens // job.tokens))
     return (
         replace(job, tokens=tokens, rows=rows, targets=targets),
