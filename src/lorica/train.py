@@ -9,7 +9,6 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ quiet_libraries()
 
 import torch  # noqa: E402
 from lightning.pytorch import Callback, Trainer, seed_everything  # noqa: E402
-from lightning.pytorch.callbacks import EarlyStopping  # noqa: E402
-from lightning.pytorch.loggers import Logger  # noqa: E402
 
 from lorica import (  # noqa: E402
     accumulation,
@@ -41,50 +38,21 @@ from lorica import (  # noqa: E402
     plots,
     resuming,
     sizing,
-    states,
     summary,
 )
-from lorica import callbacks as cb  # noqa: E402
+from lorica.assembly import Parts, Run, assemble, batching  # noqa: E402
 from lorica.checkpoints import Checkpoints  # noqa: E402
 from lorica.data.gates import check_report  # noqa: E402
-from lorica.data.module import Batching, LoricaDataModule  # noqa: E402
+from lorica.data.module import LoricaDataModule  # noqa: E402
 from lorica.data.registry import build_data  # noqa: E402
 from lorica.data.report import data_report, write_report  # noqa: E402
-from lorica.metrics_log import MetricsLog  # noqa: E402
 from lorica.models import adapters, fitting, weights  # noqa: E402
-from lorica.models.causal_lm import CausalLMModule  # noqa: E402
 from lorica.models.loaded import Loaded, Prepared, load, prepare  # noqa: E402
 from lorica.models.module import LoricaModule  # noqa: E402
-from lorica.models.sequence_classifier import SequenceClassifierModule  # noqa: E402
-from lorica.models.soft_labels import SoftLabels  # noqa: E402
 from lorica.planning import memory  # noqa: E402
 from lorica.planning.parts import Size  # noqa: E402
 
 RETRIES = 10  # of the allocator in training; validation's other sizes take some
-EVAL_TOKENS_FACTOR = 4  # evaluation keeps no activations: its batches may be larger
-
-
-@dataclass
-class Run:
-    """Everything that one training run holds together."""
-
-    config: TrainConfig
-    folder: Path
-    screen: Screen
-    loggers: list[Logger]
-    resume_from: Path | None
-    main: bool
-    stop: Stop
-    besides: Sequence[Callback]
-    notes: list[str] = field(default_factory=list)
-    reported: bool = False  # the folder holds a data report that the run was refused by
-    teacher: distillation.Teacher | None = None
-    lesson: distillation.Lesson | None = None
-
-    @property
-    def weights(self) -> Path:
-        """Where the best weights go: an adapter, or the whole model of a full fine-tuning."""
-        return self.folder / ("adapter" if self.config.model.lora is not None else "model")
 
 
 def run(config: TrainConfig, besides: Sequence[Callback] = ()) -> int:
@@ -205,7 +173,7 @@ def _train(run: Run) -> int:
         size = Size(into, on_host)
         run.notes += filter(None, [why])
     loaded = load(config, data, machine, prepared)
-    data.connect(_batching(run, data, loaded, machine, size.parts))
+    data.connect(batching(run, data, loaded, machine, size.parts))
     before = began["compiled layers"] == "yes" if began else None
     compiled = fitting.compiles(config.trainer.compile, before, loaded, machine.device, len(data.plan))
     base = fingerprint.of_base(loaded.base.path, loaded.base.revision)
@@ -218,7 +186,7 @@ def _train(run: Run) -> int:
         run.notes += resuming.go_on(run.folder, state, data, made_for["found"])
         if run.main:
             write_config(run.folder, config, sys.argv[1:])
-    module, trainer, parts = _assemble(run, data, loaded, machine, made_for, saved)
+    module, trainer, parts = assemble(run, data, loaded, machine, made_for, saved)
     if state is not None and run.main:
         kept = state["callbacks"].get(parts.keep.state_key)
         run.notes += resuming.mend_best(run.folder, run.weights, kept, module, parts.keep.write)
@@ -378,139 +346,6 @@ def _report(run: Run, data: LoricaDataModule) -> None:
         for note in report["notes"]:
             run.screen.note(note)
     run.notes += report["notes"]
-
-
-def _batching(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine, parts: int) -> Batching:
-    t = run.config.trainer
-    longest = max(len(r.ids) for r in data.train_rows)
-    if t.batch_size is not None:
-        window = t.batch_size * t.accumulate_grad_batches * machine.world_size
-        if window > len(data.train_rows):
-            raise ConfigError(
-                "trainer.batch_size",
-                t.batch_size,
-                f"a step would take {t.batch_size} x {t.accumulate_grad_batches} x {machine.world_size} devices = {window} examples; "
-                f"there are {len(data.train_rows)}",
-                f"trainer.batch_size={max(1, len(data.train_rows) // (t.accumulate_grad_batches * machine.world_size))}",
-            )
-    for split, rows in data.eval_rows.items():
-        if 0 < len(rows) < machine.world_size:
-            raise ConfigError(
-                "trainer.devices", machine.world_size, f"there are only {len(rows)} {split} rows to share", f"trainer.devices={len(rows)}"
-            )
-    return Batching(
-        pad_id=loaded.tokenizer.pad_token_id,
-        padded=loaded.padded,
-        eval_tokens=EVAL_TOKENS_FACTOR * max(t.tokens_per_batch or 0, min((t.batch_size or 1) * longest, 4096), 1024),
-        world_size=machine.world_size,
-        rank=machine.rank,
-        plan={
-            "batch_size": t.batch_size,
-            "tokens_per_batch": t.tokens_per_batch,
-            "accumulate": t.accumulate_grad_batches,
-            "group_by_length": t.group_by_length,
-            "parts": parts,
-            "max_epochs": t.max_epochs,
-            "max_steps": t.max_steps,
-        },
-    )
-
-
-@dataclass
-class Parts:
-    """The callbacks that are asked for figures afterwards."""
-
-    throughput: cb.Throughput
-    evaluate: cb.Evaluate
-    keep: cb.KeepBest
-
-
-def _assemble(
-    run: Run,
-    data: LoricaDataModule,
-    loaded: Loaded,
-    machine: hardware.Machine,
-    made_for: dict[str, Any],
-    resumed: dict[str, Any] | None,
-) -> tuple[LoricaModule, Trainer, Parts]:
-    config, t, plan = run.config, run.config.trainer, data.plan
-    cls = CausalLMModule if config.model.task == "causal_lm" else SequenceClassifierModule
-    scaled = machine.precision == "16-mixed"
-    module = cls(loaded.model, config.optimizer, plan.steps, fused=not (scaled and t.gradient_clip_val is not None))
-    if data.teacher_scores is not None:
-        assert isinstance(module, SequenceClassifierModule)
-        module.soft = SoftLabels(config.distillation.temperature, config.distillation.weight)
-    has_validation = bool(data.eval_rows["validation"])
-    throughput = cb.Throughput(hardware.energy_meter(machine.device))
-    record = cb.RecordLoss(throughput, t.log_every_n_steps, plan.steps, plan.epoch_at)
-    d: Any = config.data
-    write_answers = (lambda: evaluation.answer(data, module, d.max_generated_examples, d.max_new_tokens)) if data.generative else None
-    evaluate = cb.Evaluate(data.labels, write_answers)
-    keep = cb.KeepBest(
-        "val/f1_macro" if data.labels else "val/loss",
-        lambda calibration: weights.save(run.weights, config, data, loaded.base, loaded.tokenizer, module.model, calibration),
-        evaluate.calibration,
-    )
-    points = plan.validation_steps(t.val_check_interval)
-    every = t.checkpoint_every_n_steps
-    save_after = (lambda step: step % every == 0 or step == plan.steps) if every else set(points).__contains__
-    progress = cb.ShowProgress(run.screen, record, plan.steps, t.enable_progress_bar)
-    skipped = cb.SkippedSteps(t.max_skipped_steps, t.log_every_n_steps, data.rows_of_step, run.screen.note)
-    parts: list[Callback] = [*run.besides, throughput, cb.SeedSteps(config.seed), skipped, record, evaluate]
-    if has_validation:
-        parts += [cb.ValidationPoints(points), keep]
-    if t.early_stopping_patience is not None:
-        if not has_validation:
-            raise ConfigError(
-                "trainer.early_stopping_patience",
-                t.early_stopping_patience,
-                "there are no validation rows to watch",
-                "data.validation_fraction=0.1",
-            )
-        mode = "min" if keep.monitor.endswith("loss") else "max"
-        parts.append(EarlyStopping(keep.monitor, patience=t.early_stopping_patience, mode=mode, check_on_train_epoch_end=False))
-    validated = set(points).__contains__ if has_validation else lambda step: False
-    log = run.loggers[0] if run.loggers else None
-    io = checkpoints.DurableIO(lambda: states.retain(run.folder, t.keep_checkpoints))
-    assert log is None or isinstance(log, MetricsLog)
-    parts += [
-        Checkpoints(
-            run.folder,
-            io,
-            checkpoints.When(save_after, validated),
-            made_for,
-            throughput.pause,
-            run.stop,
-            log,
-            loggers.wandb_id(run.folder) if len(run.loggers) > 1 else None,
-            resumed,
-        ),
-        progress,
-    ]
-    trainer = Trainer(
-        accelerator=machine.accelerator,
-        devices=machine.devices,
-        num_nodes=t.num_nodes,
-        strategy=machine.strategy(t.strategy),
-        precision=machine.precision,  # type: ignore[arg-type]
-        max_epochs=1,  # the plan is one sequence of micro-steps over all epochs
-        accumulate_grad_batches=plan.accumulate,
-        gradient_clip_val=t.gradient_clip_val,
-        log_every_n_steps=1,
-        num_sanity_val_steps=0,
-        limit_val_batches=None if has_validation else 0,
-        deterministic=t.deterministic or None,
-        detect_anomaly=t.detect_anomaly,
-        logger=run.loggers or False,
-        callbacks=parts,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-        default_root_dir=str(run.folder),
-        plugins=[io],
-    )
-    return module, trainer, Parts(throughput, evaluate, keep)
 
 
 def _announce(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine, expected: memory.Fit | None) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorica import scoring, train
+from lorica import assembly, scoring
 from lorica.composition import compose
 from lorica.kernels import loss
 from lorica.models import fitting
@@ -34,7 +34,7 @@ def test_the_numbers_are_the_products_own() -> None:
     assert memory.TILE_ELEMENTS == loss.TILE_ELEMENTS and memory.EVALUATION_ELEMENTS == loss.EVALUATION_ELEMENTS
     assert (memory.SPARE, memory.SPARE_BYTES, memory.PLENTY) == (fitting.SPARE, fitting.SPARE_BYTES, fitting.PLENTY)
     assert memory.PREDICTED_ELEMENTS == scoring.ELEMENTS
-    assert jobs.EVALUATED == train.EVAL_TOKENS_FACTOR and jobs.WORTH_COMPILING == fitting.WORTH_COMPILING
+    assert jobs.EVALUATED == assembly.EVAL_TOKENS_FACTOR and jobs.WORTH_COMPILING == fitting.WORTH_COMPILING
 
 
 @pytest.mark.parametrize("case", ["512", "2k", "16k"])
