@@ -96,12 +96,13 @@ def table(rows: list[dict[str, Any]], by_hand: list[dict[str, Any]]) -> list[dic
 
 
 def loss_spread(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The largest relative difference of a step's loss between limits, by length."""
+    """The largest relative difference of a step's loss between limits, by length and day: another version may plan other batches."""
     spread = {}
-    for length in sorted({row["length"] for row in rows}):
-        curves = [row["losses"] for row in rows if row["length"] == length and row["ended"] == "trained"]
+    for length, day in sorted({(row["length"], row.get("date", "")) for row in rows}):
+        same = [row for row in rows if (row["length"], row.get("date", "")) == (length, day)]
+        curves = [row["losses"] for row in same if row["ended"] == "trained"]
         if len(curves) > 1:
-            spread[str(length)] = max(max(at) / min(at) - 1 for at in zip(*curves, strict=False))
+            spread[f"{length} {day}".strip()] = max(max(at) / min(at) - 1 for at in zip(*curves, strict=False))
     return spread
 
 
@@ -125,16 +126,24 @@ def main() -> None:
     earlier: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
     fitted: list[dict[str, Any]] = earlier.get("fitted", [])
     by_hand: list[dict[str, Any]] = earlier.get("settings", [])
+    by_hand = [row for row in by_hand if row["ended"] != "fits no limit"]  # of these limits, perhaps
     done = {(row["length"], row.get("limit", row.get("name"))) for row in [*fitted, *by_hand]}
 
     def to_do(length: int, what: float | str) -> bool:
         return (length, what) not in done and time.perf_counter() - began < options.within
 
     def keep(row: dict[str, Any], where: list[dict[str, Any]]) -> None:
-        where.append(row)
+        where.append({**row, "date": time.strftime("%Y-%m-%d")})
         print(json.dumps({k: v for k, v in row.items() if k not in ("losses", "output", "notes")}), flush=True)
         facts = {"tokens": TOKENS, "steps": STEPS, **machine(), "versions": versions()}
-        text = {**facts, "cells": table(fitted, by_hand), "loss_spread": loss_spread(fitted), "fitted": fitted, "settings": by_hand}
+        text = {
+            **earlier,
+            **facts,
+            "cells": table(fitted, by_hand),
+            "loss_spread": loss_spread(fitted),
+            "fitted": fitted,
+            "settings": by_hand,
+        }
         options.out.write_text(json.dumps(text, indent=1) + "\n")
 
     for length in map(int, options.lengths.split(",")):

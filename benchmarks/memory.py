@@ -8,7 +8,7 @@ or not; seed 0 was looked at while the formulas were written, seed 1 was not. Me
 spans training, validation and test. How layers run is given, not left to what is free on a card that others use, too.
 
 `--again` plans the points of OUT.json anew, without a GPU, once the formulas have changed: what was measured stays, and what was planned
-before the points were run is kept as first_predicted_gib.
+before the points were run is kept as first_predicted_gib. It needs the models' configurations and the rows, no weights.
 """
 
 from __future__ import annotations
@@ -241,6 +241,8 @@ def plan_again(out: Path, models: Path, card: Card) -> None:
     text = json.loads(out.read_text())
     rows = {row["name"]: row for row in text["points"]}
     for point in points(len(rows), text["seed"], models):
+        if point.name not in rows:
+            raise SystemExit(f"{out} was cut short: {point.name} is missing")
         row, plan = rows[point.name], predicted(point, card)
         row.setdefault("first_predicted_gib", row["predicted_gib"])
         row["predicted_gib"] = plan.fit.peak / GIB
@@ -264,7 +266,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=180)
     parser.add_argument("--within", type=float, default=1e9, help="seconds after which no further point is begun")
     parser.add_argument("--card", default="h200_141gb", choices=list(CARDS))
-    parser.add_argument("--again", action="store_true", help="plan the points of OUT anew; models need their configurations only")
+    parser.add_argument("--again", action="store_true", help="plan the points of OUT anew")
     options = parser.parse_args()
     began = time.perf_counter()
     card = CARDS[options.card]

@@ -281,7 +281,7 @@ class TrainerConfig:
     gradient_checkpointing: Any = key(
         None,
         "layers that keep only their input and are computed again in backward (less memory, up to 40 % more time): true, false, how many of those that learn, "
-        "or offload (all, and their inputs wait in host memory); null: as few as fit into the GPU, none on other devices",
+        "or offload (all, and their inputs wait in host memory); null: as few as fit into the GPU, or some more where micro-steps can be captured for it and are faster; none on other devices",
     )
     fit: bool = key(
         True,

@@ -63,7 +63,7 @@ def fit(
     machine: Machine,
     config: TrainConfig,
     compiled: bool,
-    beside: bool,
+    room_for_evaluation: bool,
     trainer: Trainer,
     note: Callable[[str], None],
 ) -> fitting.Fit:
@@ -75,7 +75,8 @@ def fit(
     arithmetic = trainer.precision_plugin.train_step_context
     while True:
         try:
-            return fitting.fit(module, layers, data, machine, config, compiled and data.parts == 1, beside, arithmetic, note)
+            fixed = data.parts == 1  # sizes of micro-batches
+            return fitting.fit(module, layers, data, machine, config, compiled and fixed, room_for_evaluation and fixed, arithmetic, note)
         except fitting.TooLarge:
             planned = config.trainer.fit and machine.world_size == 1 and not data.resume_at
             if not (planned or module.halving) or max(len(batch["rows"]) for batch in data.largest_batches()) < 2:

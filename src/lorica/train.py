@@ -205,8 +205,8 @@ def _train(run: Run) -> int:
     if data.resume_at < len(data.plan):
         if config.trainer.on_oom == "halve":
             oom.split_where_needed(module, loaded.layers, data, machine, config, trainer, screen.note, state["parts"] if state else 1)
-        beside = expected is not None and expected.job.beside
-        found = oom.fit(module, loaded.layers, data, machine, config, compiled, beside, trainer, screen.note)
+        room = compiled and expected is not None and expected.job.room_for_evaluation
+        found = oom.fit(module, loaded.layers, data, machine, config, compiled, room, trainer, screen.note)
         made_for["found"] |= fingerprint.of_data(data)  # micro-batches may be in more parts now
         if found.seconds or found.recomputed:
             screen.print(f"  layers     {found}; tried in {duration(found.seconds)}")

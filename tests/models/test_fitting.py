@@ -222,8 +222,9 @@ def test_as_many_layers_keep_their_activations_as_there_is_room_for(memory: Memo
         found = tried.fit(None, False, "adamw")
     assert memory.fits(found.recomputed, found.offload)
     assert (tried.layers.recomputed, tried.layers.offload) == (found.recomputed, found.offload) and not tried.layers.measuring
-    roomy = [r for r in range(n) if memory.peak(r, False) <= memory.allowed - room]
+    roomy = [r for left in (room, 0) for r in range(n + (left > 0)) if memory.peak(r, False) <= memory.allowed - left]
     assert found.recomputed == (roomy[0] if roomy else n)
+    assert tried.room == (room if memory.peak(found.recomputed, found.offload) <= memory.allowed - room else 0)
     assert found.offload == (not roomy and not memory.fits(n))
     assert 64 in tried.ran, "the other sizes are not run, and would be compiled in the middle of training"
 
@@ -234,6 +235,57 @@ def test_room_is_left_for_evaluation_though_layers_take_more_than_one_did(monkey
     tried.room = 500 * MIB
     found = tried.fit(None, False, "adamw")
     assert memory.peak(found.recomputed, False) <= memory.allowed - tried.room < memory.peak(found.recomputed - 1, False)
+
+
+def test_no_room_is_left_where_nothing_can_be_captured_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(10_000 * MIB, 1000 * MIB, 12, 670 * MIB, 10 * MIB, 0)  # all twelve fit, but not with room
+    for random, expected in ((False, 1), (True, 0)):
+        tried = Simulated(memory, monkeypatch)
+        tried.room, tried.layers.random = 700 * MIB, random
+        found = tried.fit(None, False, "adamw")
+        assert (found.recomputed, tried.room > 0) == (expected, not random)
+
+
+class Evaluated:
+    """Stands in for Fitting and for the data: rows of like lengths, of which a token takes a MiB."""
+
+    def __init__(self, rows: int, tokens: int, limit: int) -> None:
+        self.rows, self.tokens, self.limit, self.stay, self.peak = rows, tokens, limit, 0, 0
+        self.batching = SimpleNamespace(world_size=1, eval_tokens=rows * tokens)
+        self.batches = [{"input_ids": torch.zeros(1, 100)}]
+
+    def largest_evaluation_batch(self) -> dict[str, Any] | None:
+        fit = min(self.rows, max(1, self.batching.eval_tokens // self.tokens))
+        return {"input_ids": torch.zeros(1, fit * self.tokens), "index": list(range(fit))} if self.rows else None
+
+    def evaluation_bytes(self, batch: dict[str, Any]) -> int | None:
+        size = batch["input_ids"].numel()
+        return size * MIB if size <= self.limit else None
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "limit", "small", "expected"),
+    [
+        (16, 50, 10_000, False, 800),  # within what training takes
+        (16, 50, 10_000, True, 100),  # no more tokens than a micro-batch
+        (16, 50, 60, True, 50),
+        (3, 400, 500, True, 400),  # a row is a batch at least
+        (0, 50, 10_000, True, 0),
+    ],
+)
+def test_evaluation_has_batches_as_large_as_may_be(
+    rows: int, tokens: int, limit: int, small: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both: Any = Evaluated(rows, tokens, limit)
+    both.peak = 900 * MIB
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50 * MIB)
+    assert fitting._evaluation(both, both, CPU, small) == expected * MIB
+
+
+def test_a_row_that_does_not_fit_alone_is_refused() -> None:
+    both: Any = Evaluated(2, 400, 300)
+    with pytest.raises(ConfigError, match="one row of so many tokens"):
+        fitting._evaluation(both, both, CPU)
 
 
 @CHEAP

@@ -76,9 +76,11 @@ def test_a_trained_heads_largest_moment_holds_its_copy_and_the_sum_of_its_gradie
         total = loss.head_cross_entropy(head, vocabulary, states, torch.zeros(tiles * rows, dtype=torch.int64)).sum()
         total.backward()
     assert watched.most == copies * vocabulary * hidden + 12 * rows * vocabulary
-    planned = replace(job("model.lora=null", "model.quantization=null"), targets=tiles * 1024)
+    planned = job("model.lora=null", "model.quantization=null")
+    places = memory.TILE_ELEMENTS // planned.shape.vocabulary
+    planned = replace(planned, targets=tiles * places, shape=replace(planned.shape, hidden=hidden))
     of_head = planned.shape.vocabulary * planned.shape.hidden
-    tile = 12.0 * memory.TILE_ELEMENTS // planned.shape.vocabulary * planned.shape.vocabulary
+    tile = 12.0 * places * planned.shape.vocabulary
     assert memory.logits(planned) - 8.0 * planned.targets * planned.shape.hidden == pytest.approx(
         max(tile + copies * of_head, 6.0 * of_head), rel=0.01
     )

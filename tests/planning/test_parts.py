@@ -65,12 +65,14 @@ def test_short_steps_leave_room_for_evaluation_so_that_they_can_be_captured() ->
         return found.fit.job
 
     job = chosen()
-    assert job.beside and captured(job, card(15)) and job.evaluated <= job.tokens
+    assert job.room_for_evaluation and captured(job, card(15)) and job.evaluated <= job.tokens
     assert memory.with_evaluation(job, card(15)) <= memory.limit(card(15))
     for hindrance in ("trainer.cuda_graphs=false", "trainer.detect_anomaly=true", "trainer.devices=2"):
-        assert not chosen(hindrance).beside
-    plain = replace(job, recomputed=2)
-    assert not captured(replace(plain, random=True), card(139)) and captured(plain, card(139))
+        assert not chosen(hindrance).room_for_evaluation
+    dropout = chosen("model.lora.lora_dropout=0.05", "trainer.gradient_checkpointing=4")
+    assert dropout.recomputed == 4 and captured(dropout, card(139))  # its masks follow from a seed
+    again = replace(job, recomputed=2)
+    assert not captured(replace(again, random=True), card(139)) and captured(again, card(139))
 
 
 def test_what_was_turned_off_is_not_done() -> None:

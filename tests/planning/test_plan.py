@@ -123,6 +123,21 @@ def test_the_rate_on_an_h200_is_the_measured_one(case: str, tokens: int, again: 
     assert rate(job, sizes, CARDS["h200_141gb"]) == pytest.approx(measured, rel=0.1)
 
 
+def test_the_rates_of_all_ways_by_hand_are_met_within_ten_percent() -> None:
+    """Layers computed again, in several parts: what `trainer.fit` chooses by."""
+    found = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "fit_h200.json").read_text())
+    rows = [row for row in found["settings"] if row["ended"] == "trained"]
+    assert len(rows) >= 14
+    plan = planned("model=mistral_qlora", "data=healthcare_qa", "trainer.tokens_per_batch=8192", "model.max_length=512", card="h200_141gb")
+    for row in rows:
+        parts, again = row["name"].split()[0], row["name"].split()[-1]
+        tokens, count = found["tokens"] // int(parts), int({"true": "32", "false": "0"}.get(again, again))
+        way = replace(plan.fit.job.way, compiled=True)
+        job = replace(plan.fit.job, way=way, tokens=tokens, targets=round(0.55 * tokens), resident=False, recomputed=count)
+        sizes = replace(plan.sizes, rows=1, mean=float(tokens))
+        assert rate(job, sizes, CARDS["h200_141gb"]) == pytest.approx(row["tokens_per_second"], rel=0.1), row["name"]
+
+
 def test_two_cards_take_half_the_time_of_an_epoch_and_as_much_of_each() -> None:
     one = planned("model=mistral_qlora", "data=healthcare_qa", card="h200_141gb")
     two = planned("model=mistral_qlora", "data=healthcare_qa", "trainer.devices=2", card="h200_141gb")

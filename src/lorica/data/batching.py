@@ -19,7 +19,9 @@ import numpy as np
 
 PLAN_VERSION = 3  # another one for the same settings is another plan
 GROUPING_POOL = 16  # windows whose rows are sorted together when rows are grouped by length
-LEAST_PIECE, LONGEST_FITS = 1024, 1.5  # tokens of a packed micro-batch's pieces, at least; times the longest row
+LEAST_PIECE, OF_LONGEST = 1024, 1.25  # tokens of a packed micro-batch's pieces, at least; times the longest row
+UNFILLED = 0.015  # share of the tokens that may be lost by packing pieces, not whole micro-batches
+TRIED = 16  # micro-batches that are packed to see what is lost
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class BatchPlan:
         group_by_length: rows share a micro-batch by their lengths: like ones where it is padded, ones that fill it up where rows lie end
             to end. The order stays random.
         parts: every micro-batch of the settings above is cut into so many, of like tokens, one after the other: a step has the same rows
-            and the same loss, in `accumulate` times as many micro-steps. Packed ones are made of `pieces`, so that none outgrows its share.
+            and the same loss, in `accumulate` times as many micro-steps. Packed ones are made of `pieces`, and of no more parts than these
+            none outgrows its share.
         max_epochs, max_steps: -1 for no limit; one of them must be set.
     """
 
@@ -167,7 +170,7 @@ class BatchPlan:
         A chunk's emptiest pieces are broken up into the next chunk, so that only the epoch's last micro-batch is left unfilled.
         """
         assert self.tokens_per_batch is not None
-        each = pieces(int(self.lengths.max()), self.tokens_per_batch)
+        each = pieces(self.lengths, self.tokens_per_batch)
         batches: list[list[int]] = []
         left: list[int] = []
         for chunk in self._chunks(order, per_window):
@@ -245,19 +248,31 @@ def pack(lengths: np.ndarray, order: Sequence[int] | np.ndarray, tokens: int) ->
     return batches
 
 
-def pieces(longest: int, tokens: int) -> int:
-    """How many pieces a packed micro-batch of so many tokens is made of: a power of two, each large enough to be filled well.
+def pieces(lengths: np.ndarray, tokens: int) -> int:
+    """How many pieces a packed micro-batch of so many tokens is made of: the largest power of two that fills it nearly as well as one does.
 
     Cut into as many parts, or into half as many, no part has more than its even share of the tokens, whatever rows are in it.
     """
-    found = 1
-    while tokens // (2 * found) >= max(LEAST_PIECE, LONGEST_FITS * longest):
-        found *= 2
+    rows = min(len(lengths), int(TRIED * tokens / max(1.0, float(lengths.mean()))))
+    tried = -np.sort(-lengths[:: len(lengths) // rows]) if rows else lengths
+    smallest = max(LEAST_PIECE, int(OF_LONGEST * tried.max(initial=1)))
+    if tokens < 2 * smallest or int(tried.sum()) < 2 * tokens:
+        return 1
+    enough = _filled(tried, tokens) - UNFILLED
+    found = 1 << (tokens // smallest).bit_length() - 1
+    while found > 1 and _filled(tried, tokens // found) < enough:
+        found //= 2
     return found
 
 
+def _filled(lengths: np.ndarray, tokens: int) -> float:
+    """The share of the tokens of batches of packed rows, but for the emptiest one."""
+    sizes = sorted(int(lengths[batch].sum()) for batch in pack(lengths, range(len(lengths)), tokens))
+    return sum(sizes[1:]) / max(1, len(sizes[1:]) * tokens)
+
+
 def cut_in_order(lengths: np.ndarray, rows: Sequence[int], parts: int, tokens: int) -> list[list[int]] | None:
-    """Rows in order as so many lists of at most `tokens` tokens, the last ones empty where rows are few; None where they are too many."""
+    """Rows in order as so many lists of at most `tokens` tokens, the last ones empty where rows are few; None where they don't go in."""
     found = cut_batches(lengths, rows, None, tokens, padded=False)
     if len(found) > parts or any(int(lengths[batch].sum()) > tokens for batch in found):
         return None

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lorica.config import DataConfig
-from lorica.data.batching import BatchPlan, batch_tokens, evaluation_batches
+from lorica.data.batching import BatchPlan, batch_tokens, cut_evenly, evaluation_batches
 from lorica.data.collate import collate_candidates, collate_causal, collate_classifier, fill
 from lorica.data.encoding import CausalEncoder, ClassifierEncoder, Encoded, Truncation
 from lorica.data.examples import SPLITS
@@ -129,7 +129,12 @@ class LoricaDataModule(Rows, LightningDataModule):
         else:
             every = (self.plan.micro_batch(k, rank) for k in range(len(self.plan)) for rank in range(ranks))
             micro = [max(every, key=lambda m: batch_tokens(self.plan.lengths, m.rows or (0,), self.batching.padded))]
-        return [self._collate_train(m.rows[:: self.parts], m.window_supervised, m.epoch) for m in micro]
+        return [self._collate_train(self._largest_part(m.rows), m.window_supervised, m.epoch) for m in micro]
+
+    def _largest_part(self, rows: Sequence[int]) -> Sequence[int]:
+        """Of a micro-batch that is run in `parts_of`."""
+        cut = cut_evenly(self.plan.lengths, rows, self.parts)
+        return rows if self.parts == 1 else max(cut, key=lambda part: batch_tokens(self.plan.lengths, part or (0,), self.batching.padded))
 
     def _shape(self, tokens: int) -> Shape:
         """The smallest that holds so many tokens."""
@@ -182,10 +187,10 @@ class LoricaDataModule(Rows, LightningDataModule):
         return batch
 
     def parts_of(self, batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
-        """A training batch as several of about as many rows each, with the same weight; not filled up."""
+        """A training batch as several of like tokens, with the same weight; not filled up."""
         rows: list[int] = batch["rows"]
         found = []
-        for chosen in [rows[i::parts] for i in range(min(parts, len(rows)))] or [rows]:
+        for chosen in cut_evenly(self.plan.lengths, rows, max(1, min(parts, len(rows)))):
             part = self.batch_of(chosen or [0])
             supervised = sum(self.train_rows[r].supervised for r in chosen)
             found.append({**part, "weight": batch["weight"], "count": {**batch["count"], "supervised": supervised}, "rows": chosen})

@@ -127,15 +127,15 @@ def fit(
     machine: Machine,
     config: TrainConfig,
     compiled: bool,
-    beside: bool,
+    room_for_evaluation: bool,
     arithmetic: Callable[[], AbstractContextManager[Any]],
     note: Callable[[str], None],
 ) -> Fit:
     """Set how the layers of a prepared module run, and find out on a GPU what fits.
 
     Args:
-        compiled: see `compiles`; `data` then fills its batches up. beside: leave room for evaluation, in batches no larger than those of
-            training, so that micro-steps can be captured. arithmetic: a context for forwards (autocast), made anew for each use.
+        compiled: see `compiles`; `data` then fills its batches up. room_for_evaluation: leave it, for batches no larger than those
+            of training, so that micro-steps can be captured. arithmetic: a context for forwards (autocast), made anew for each use.
         note: tells the user of what could not be done later.
     Raises:
         TooLarge: the largest micro-batch does not fit, or not as asked.
@@ -158,7 +158,7 @@ def fit(
     if trainer.resident_weights is None and lora is not None and not lora.use_dora and lora.bias == "none":
         fitting.keep_plain = partial(frozen.prepare_layers, module.model, machine.compute_dtype, trainer.fp8, True)
     name, _ = effective_name(str(config.optimizer.name), device)
-    fitting.room = _evaluation(fitting, data, device, small=True) if beside else 0
+    fitting.room = _evaluation(fitting, data, device, small=True) if room_for_evaluation else 0
     found = fitting.fit(asked, compiled, name)
     evaluation = fitting.room or _evaluation(fitting, data, device)
     module.roomy = found.recomputed < found.layers  # memory is not short
@@ -252,7 +252,7 @@ class Fitting:
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as e:
             if not compiled:
                 raise
-            compiled = False
+            compiled, self.room = False, 0
             notes.append(f"the layers could not be compiled ({type(e).__name__}: {str(e).splitlines()[0]}): they run as they are")
             self.layers.compile(False)
             self._forget()
@@ -300,7 +300,7 @@ class Fitting:
             assert self.keep_plain is not None
             self.keep_plain()
             self.layers.recomputed, self.layers.offload = 0, False
-            self.resident = self._fits() and torch.cuda.max_memory_allocated() < self.limit()
+            self.resident = self._fits() and torch.cuda.max_memory_allocated() < self.limit() - self.room
             if not self.resident:
                 frozen.release(self.module.model)
                 self._forget()
@@ -314,7 +314,7 @@ class Fitting:
         return memory_limit(self.module.device) * (1 - SPARE) - SPARE_BYTES
 
     def _choose(self) -> None:
-        """Recompute as few layers as can be."""
+        """Recompute as few layers as can be; where there can be room for evaluation, and micro-steps can be captured then, as leave it."""
         layers = self.layers
         layers.recomputed, layers.offload = len(layers) - 1, False  # the last keeps its activations, to see how much they are
         layers.measuring = True
@@ -324,10 +324,14 @@ class Fitting:
             more = max(1, layers.kept[len(layers) - 1] - layers.kept[0])  # for each layer that keeps its own
             keep = 1 + int((self.limit() - self.room - torch.cuda.max_memory_allocated()) // more)
             layers.recomputed = min(len(layers), max(0, len(layers) - keep))
-            while not (fits := self._fits()) or (self.room and torch.cuda.max_memory_allocated() > self.limit() - self.room):
+            while not (fits := self._fits()) or (self.room and self._lacks_room()):
                 if layers.recomputed == len(layers):
                     break
                 layers.recomputed = min(len(layers), layers.recomputed + (1 if fits else max(1, len(layers) // 8)))
+            if self.room and (not fits or self._lacks_room() or (layers.recomputed and layers.random)):
+                self.room = 0
+                self._choose()
+                return
             if fits:
                 return
         layers.recomputed, layers.offload = len(layers), False
@@ -335,6 +339,11 @@ class Fitting:
             layers.offload = True
             if not self._fits():
                 raise self._too_large("even with every layer computed again in backward", "a smaller trainer.tokens_per_batch")
+        if self._lacks_room():
+            self.room = 0
+
+    def _lacks_room(self) -> bool:
+        return torch.cuda.max_memory_allocated() > self.limit() - self.room
 
     def _fits(self) -> bool:
         """Whether the largest micro-batch runs, with gradients left from one before."""

@@ -73,8 +73,8 @@ def batches(config: TrainConfig, lengths: Lengths | None, flat: bool) -> Batches
     steps = of_epoch * max(1, t.max_epochs)
     if t.max_steps >= 0:
         steps = min(steps, t.max_steps * t.accumulate_grad_batches) if t.max_epochs > 0 else t.max_steps * t.accumulate_grad_batches
-    packed = flat and t.group_by_length and t.tokens_per_batch is not None
-    return Batches(size, mean, rows, max(1, places), int(steps), longest, pieces(longest, size) if packed else 1)
+    packed = flat and t.group_by_length and t.tokens_per_batch is not None and size >= t.tokens_per_batch
+    return Batches(size, mean, rows, max(1, places), int(steps), longest, pieces(tokens, t.tokens_per_batch or size) if packed else 1)
 
 
 def runs_flat(config: TrainConfig, card: Card) -> bool:
@@ -123,7 +123,7 @@ def job_of(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | Non
             fp8=t.fp8,
             frozen=shape.layers - learning,
             capturable=t.cuda_graphs is not False and not t.detect_anomaly and not scaled and cards_used(config) == 1 and t.devices != -1,
-            random=shape.dropout or (lora is not None and lora.lora_dropout > 0),
+            random=shape.dropout,  # adapters' dropout follows from a seed of the micro-step
         ),
         sizes,
     )

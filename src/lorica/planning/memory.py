@@ -35,8 +35,8 @@ class Job:
         evaluated: tokens of the largest evaluation batch. recomputed: layers computed again in backward. offload: their inputs in host
             memory meanwhile. resident: 4-bit weights kept plain as well. host_embeddings: the input embeddings in host memory.
         frozen: first layers, which no gradient flows through. capturable: micro-steps may be captured, as far as memory allows. random:
-            layers draw random numbers, and can't be captured where they are computed again. beside: evaluation has its memory beside
-            captured micro-steps, in batches that are no larger than theirs.
+            layers draw random numbers, and can't be captured where they are computed again. room_for_evaluation: evaluation
+            has its memory beside captured micro-steps, in batches that are no larger than theirs, but for single rows.
     """
 
     shape: Shape
@@ -58,7 +58,7 @@ class Job:
     frozen: int = 0
     capturable: bool = False
     random: bool = False
-    beside: bool = False
+    room_for_evaluation: bool = False
 
     @property
     def learning(self) -> int:
@@ -297,7 +297,7 @@ def settle(job: Job, card: Card, asked: bool | int | str | None, resident: bool 
         return replace(job, **changes)  # type: ignore[arg-type]
 
     def peak(one: Job) -> float:
-        return with_evaluation(one, card) if one.beside else total(train(one, card))
+        return with_evaluation(one, card) if one.room_for_evaluation else total(train(one, card))
 
     if job.four_bit and resident is not False and not asked:
         plain = ran(resident=True, recomputed=0, offload=False)

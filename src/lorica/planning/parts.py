@@ -54,7 +54,7 @@ def settled(config: TrainConfig, job: memory.Job, sizes: Batches, card: Card) ->
     plain = memory.settle(job, card, asked, resident)
     if not (job.way.compiled and job.capturable) or captured(plain.job, card):
         return plain
-    roomy = memory.settle(replace(job, beside=True, evaluated=min(job.evaluated, job.tokens)), card, asked, resident)
+    roomy = memory.settle(replace(job, room_for_evaluation=True, evaluated=min(job.evaluated, job.tokens)), card, asked, resident)
     faster = captured(roomy.job, card) and rate(roomy.job, sizes, card) > rate(plain.job, sizes, card) * BETTER
     return roomy if faster else plain
 
