@@ -196,13 +196,18 @@ def measured(point: Point, folder: Path, timeout: float) -> dict[str, Any]:
     return figures
 
 
+def of_plan(plan: runner.Plan) -> dict[str, Any]:
+    """What is kept of a plan: GiB at the peak, and of what."""
+    parts = {k: round(v / GIB, 3) for k, v in memory.train(plan.fit.job, plan.card).items()}
+    return {"predicted_gib": plan.fit.peak / GIB, "parts_gib": parts}
+
+
 def take(point: Point, plan: runner.Plan, room: Room, timeout: float, folder: Path) -> dict[str, Any]:
     """Measure one point, once there is room for it."""
     needs = plan.fit.peak * 1.15 + (2 << 30)
     room.take(needs)
     began = time.perf_counter()
-    row: dict[str, Any] = {"name": point.name, "predicted_gib": plan.fit.peak / GIB, "overrides": list(point.overrides)}
-    row["parts_gib"] = {k: round(v / GIB, 3) for k, v in memory.train(plan.fit.job, plan.card).items()}
+    row: dict[str, Any] = {"name": point.name, "overrides": list(point.overrides), **of_plan(plan)}
     try:
         figures = measured(point, folder, timeout)
         row["measured_gib"], row["reserved_gib"] = figures["memory/peak_gib"], figures.get("memory/reserved_gib")
@@ -243,10 +248,9 @@ def plan_again(out: Path, models: Path, card: Card) -> None:
     for point in points(len(rows), text["seed"], models):
         if point.name not in rows:
             raise SystemExit(f"{out} was cut short: {point.name} is missing")
-        row, plan = rows[point.name], predicted(point, card)
+        row = rows[point.name]
         row.setdefault("first_predicted_gib", row["predicted_gib"])
-        row["predicted_gib"] = plan.fit.peak / GIB
-        row["parts_gib"] = {k: round(v / GIB, 3) for k, v in memory.train(plan.fit.job, plan.card).items()}
+        row |= of_plan(predicted(point, card))
         if "measured_gib" in row:
             row["error"] = row["predicted_gib"] / row["measured_gib"] - 1
     out.write_text(json.dumps({**text, "summary": summary(text["points"]), "planned_again": time.strftime("%Y-%m-%d")}, indent=1) + "\n")

@@ -13,7 +13,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -163,6 +163,12 @@ class BatchPlan:
         pool = size * per_window * GROUPING_POOL
         return [order[i : i + pool] for i in range(0, len(order), pool)]
 
+    @cached_property
+    def _pieces(self) -> int:
+        """Of each packed micro-batch, in every epoch."""
+        assert self.tokens_per_batch is not None
+        return pieces(self.lengths, self.tokens_per_batch)
+
     def _pack(self, order: np.ndarray, per_window: int) -> list[list[int]]:
         """Rows into pieces, the longest first, each to the fullest that still has room for it; and pieces, one after the other, into
         micro-batches.
@@ -170,7 +176,7 @@ class BatchPlan:
         A chunk's emptiest pieces are broken up into the next chunk, so that only the epoch's last micro-batch is left unfilled.
         """
         assert self.tokens_per_batch is not None
-        each = pieces(self.lengths, self.tokens_per_batch)
+        each = self._pieces
         batches: list[list[int]] = []
         left: list[int] = []
         for chunk in self._chunks(order, per_window):

@@ -128,13 +128,16 @@ class LoricaDataModule(Rows, LightningDataModule):
             micro = [self.plan.micro_batch(*divmod(chosen[s], ranks)) for s in self.shapes]
         else:
             every = (self.plan.micro_batch(k, rank) for k in range(len(self.plan)) for rank in range(ranks))
-            micro = [max(every, key=lambda m: batch_tokens(self.plan.lengths, m.rows or (0,), self.batching.padded))]
+            micro = [max(every, key=lambda m: self._tokens(m.rows))]
         return [self._collate_train(self._largest_part(m.rows), m.window_supervised, m.epoch) for m in micro]
 
     def _largest_part(self, rows: Sequence[int]) -> Sequence[int]:
         """Of a micro-batch that is run in `parts_of`."""
-        cut = cut_evenly(self.plan.lengths, rows, self.parts)
-        return rows if self.parts == 1 else max(cut, key=lambda part: batch_tokens(self.plan.lengths, part or (0,), self.batching.padded))
+        return rows if self.parts == 1 else max(cut_evenly(self.plan.lengths, rows, self.parts), key=self._tokens)
+
+    def _tokens(self, rows: Sequence[int]) -> int:
+        """Of a training batch of these rows; without any it is one of row 0."""
+        return batch_tokens(self.plan.lengths, rows or (0,), self.batching.padded)
 
     def _shape(self, tokens: int) -> Shape:
         """The smallest that holds so many tokens."""

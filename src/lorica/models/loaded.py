@@ -88,13 +88,13 @@ def load(config: TrainConfig, data: LoricaDataModule, machine: Machine, prepared
     settings = config.model
     found, architecture, tokenizer = prepared.base, prepared.architecture, prepared.tokenizer
     attn = base.attention_name(settings.attn_implementation, architecture, settings.task, machine.device, machine.compute_dtype)
-    if settings.attn_implementation in attention.INSTALLED:
+    package = settings.attn_implementation if settings.attn_implementation in attention.INSTALLED else None
+    if package is not None:
         try:
-            attention.use_installed(settings.attn_implementation)
+            attention.use_installed(package)
         except (ImportError, AttributeError, RuntimeError, ValueError) as e:
             why, fix = f"torch can't use it here ({e})", "install that package, or model.attn_implementation=auto"
-            raise ConfigError("model.attn_implementation", settings.attn_implementation, why, fix) from None
-    package = settings.attn_implementation if settings.attn_implementation in attention.INSTALLED else None
+            raise ConfigError("model.attn_implementation", package, why, fix) from None
     torch.manual_seed(config.seed)  # a classifier's head and the adapters start from here
     model = base.load_model(
         found,

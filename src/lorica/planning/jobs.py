@@ -73,8 +73,9 @@ def batches(config: TrainConfig, lengths: Lengths | None, flat: bool) -> Batches
     steps = of_epoch * max(1, t.max_epochs)
     if t.max_steps >= 0:
         steps = min(steps, t.max_steps * t.accumulate_grad_batches) if t.max_epochs > 0 else t.max_steps * t.accumulate_grad_batches
-    packed = flat and t.group_by_length and t.tokens_per_batch is not None and size >= t.tokens_per_batch
-    return Batches(size, mean, rows, max(1, places), int(steps), longest, pieces(tokens, t.tokens_per_batch or size) if packed else 1)
+    budget = t.tokens_per_batch if flat and t.group_by_length else None
+    each = pieces(tokens, budget) if budget is not None and size >= budget else 1
+    return Batches(size, mean, rows, max(1, places), int(steps), longest, each)
 
 
 def runs_flat(config: TrainConfig, card: Card) -> bool:
@@ -90,7 +91,6 @@ def job_of(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | Non
     sizes = batches(config, lengths, flat)
     compiled = t.compile if t.compile is not None else flat and (sizes.micro_steps is None or sizes.micro_steps >= WORTH_COMPILING)
     b = 4 if t.precision == "32-true" else 2
-    scaled = t.precision == "16-mixed"
     adapted = targets(shape, lora.target_modules) if lora is not None else ()
     head = lora is not None and shape.decoder and targets_head(lora.target_modules)
     four_bit = model.quantization is not None and model.quantization.load_in_4bit
@@ -122,7 +122,11 @@ def job_of(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | Non
             host_embeddings=t.offload_embeddings,
             fp8=t.fp8,
             frozen=shape.layers - learning,
-            capturable=t.cuda_graphs is not False and not t.detect_anomaly and not scaled and cards_used(config) == 1 and t.devices != -1,
+            capturable=t.cuda_graphs is not False
+            and not t.detect_anomaly
+            and t.precision != "16-mixed"
+            and cards_used(config) == 1
+            and t.devices != -1,
             random=shape.dropout,  # adapters' dropout follows from a seed of the micro-step
         ),
         sizes,

@@ -58,8 +58,8 @@ def pace(job: Job, sizes: Batches, card: Card, count: int, epoch: float | None, 
 
 def rate(job: Job, sizes: Batches, card: Card) -> float:
     """Tokens a second, padding not counted."""
-    once, again = flops(replace(job, recomputed=0)) * job.tokens, flops(job) * job.tokens
-    of_batch = once + AGAIN * (again - once)
+    once = flops(replace(job, recomputed=0)) * job.tokens
+    of_batch = once + AGAIN * (flops(job) * job.tokens - once)
     share = _between(DECODERS if job.shape.decoder else ENCODERS, once * 989 / card.teraflops)  # what keeps an H200 as long
     way = (1.0 if job.way.compiled else NOT_COMPILED) * (FP8 if job.fp8 else 1.0)
     seconds = of_batch / (card.teraflops * 1e12 * REACHED * share * way)

@@ -42,7 +42,11 @@ def asked(config: TrainConfig) -> Size:
 
 def sized(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | None, size: Size) -> Sized:
     """A run in parts, on a card."""
-    job, sizes = job_of(config, shape, card, lengths)
+    return _sized(config, card, *job_of(config, shape, card, lengths), size)
+
+
+def _sized(config: TrainConfig, card: Card, job: memory.Job, sizes: Batches, size: Size) -> Sized:
+    """`sized`, of a job in one part."""
     job, sizes = _cut(replace(job, host_embeddings=size.host_embeddings), sizes, size.parts)
     return Sized(size, settled(config, job, sizes, card), sizes)
 
@@ -62,8 +66,9 @@ def settled(config: TrainConfig, job: memory.Job, sizes: Batches, card: Card) ->
 def fastest(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | None) -> Sized | None:
     """The fastest way that fits; None where none does."""
     best, most = None, 0.0
-    for size in _ways(config, shape, card, lengths):
-        found = sized(config, shape, card, lengths, size)
+    job, sizes = job_of(config, shape, card, lengths)
+    for size in _ways(config, shape, sizes.rows):
+        found = _sized(config, card, job, sizes, size)
         if not found.fit.fits:
             continue
         speed = rate(found.fit.job, found.sizes, card) * (HOST_EMBEDDINGS if size.host_embeddings else 1.0)
@@ -74,7 +79,8 @@ def fastest(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | No
 
 def smallest(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | None) -> Sized:
     """The way that takes the least memory."""
-    return min((sized(config, shape, card, lengths, size) for size in _ways(config, shape, card, lengths)), key=lambda one: one.fit.peak)
+    job, sizes = job_of(config, shape, card, lengths)
+    return min((_sized(config, card, job, sizes, size) for size in _ways(config, shape, sizes.rows)), key=lambda one: one.fit.peak)
 
 
 def told(size: Size, config: TrainConfig, card: Card) -> str:
@@ -90,14 +96,13 @@ def movable(config: TrainConfig, shape: Shape) -> bool:
     return shape.decoder and shape.head > 0 and lora is not None and not lora.modules_to_save
 
 
-def _ways(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | None) -> Iterator[Size]:
-    """Parts down to a row each, without and with the embeddings on the card."""
+def _ways(config: TrainConfig, shape: Shape, rows: int) -> Iterator[Size]:
+    """Parts of so many rows, down to a row each, without and with the embeddings on the card."""
     before = asked(config)
     yield before
     if not config.trainer.fit:
         return
     can_move = movable(config, shape) and not before.host_embeddings
-    rows = job_of(config, shape, card, lengths)[1].rows
     parts = 1
     while parts <= min(MOST_PARTS, rows):
         if parts > 1:
