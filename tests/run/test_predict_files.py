@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import random
@@ -23,8 +24,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lorica import file_answering, predict
+from lorica import answers, file_answering, predict
 from lorica.answering import Predictor
 from lorica.data import asked_file
 from lorica.data.asked_file import look_through, read_chunks
@@ -175,6 +178,28 @@ BAD_JSONL = (
     + b"[" * 100_000
     + b'\n{"text": "soup", "id": 14}\n{"text": "last", "id": 15'
 )
+
+
+CELL = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8) | st.text(' ,"\n\ra;é', max_size=8)
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(cells=st.lists(CELL | st.lists(CELL, max_size=2), min_size=2, max_size=4))
+def test_a_line_of_csv_is_read_back_as_its_cells(cells: list[Any]) -> None:
+    line = answers.csv_line(cells)
+    expected = ["" if c is None else json.dumps(c) if isinstance(c, list) else str(c) for c in cells]
+    assert next(csv.reader(io.StringIO(line, newline=""), strict=True)) == expected
+    if not any("\r" in cell for cell in expected):  # which Python 3.11 leaves bare
+        by_library = io.StringIO()
+        csv.writer(by_library, lineterminator="\n").writerow(expected)
+        assert line == by_library.getvalue()
+
+
+def test_a_carriage_return_in_a_text_breaks_no_row(model: Path, tmp_path: Path, lorica: Lorica) -> None:
+    (tmp_path / "a.csv").write_bytes(b'text,n\n"soup\rbread",1\nfine,2\n')
+    code, _ = lorica("predict", f"run={model}", f"input={tmp_path / 'a.csv'}", f"output={tmp_path / 'b.csv'}")
+    with (tmp_path / "b.csv").open(newline="") as file:
+        assert [row["text"] for row in csv.DictReader(file)] == ["soup\rbread", "fine"] and code == 0
 
 
 @pytest.mark.usefixtures("small_chunks")

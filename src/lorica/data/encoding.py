@@ -101,19 +101,22 @@ class ClassifierEncoder:
 
     def pieces(self, examples: Sequence[Example], truncation: Truncation) -> Iterator[list[Encoded]]:
         """`encode`, CHUNK examples at a time."""
-        for chunk, ids, encodings in _one_ahead(self._tokenize, examples):
+        for chunk, encodings in _one_ahead(self._tokenize, examples):
             rows = []
-            for example, row, encoding in zip(chunk, ids, encodings, strict=True):
-                overflow = encoding.overflowing
-                if overflow:
+            for example, encoding in zip(chunk, encodings, strict=True):
+                if overflow := encoding.overflowing:
                     truncation.rows += 1
                     truncation.texts += 1
                     truncation.tokens_cut += sum(len(o.ids) - sum(o.special_tokens_mask) for o in overflow)
-                rows.append(Encoded(row, label=-1 if example.label is None else example.label))
+                rows.append(Encoded(encoding.ids, label=-1 if example.label is None else example.label))
             yield rows
 
-    def _tokenize(self, chunk: Sequence[Example]) -> tuple[Sequence[Example], list[list[int]], list[Any]]:
-        return chunk, *_call(self.tokenizer, [e.text for e in chunk], truncation=True, max_length=self.max_length)
+    def _tokenize(self, chunk: Sequence[Example]) -> tuple[Sequence[Example], list[Any]]:
+        """The backend is asked itself: nobody needs to know which characters a token is of, which takes a fifth of its time."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.enable_truncation(self.max_length, direction=self.tokenizer.truncation_side)
+        return chunk, backend.encode_batch_fast([e.text for e in chunk])
 
 
 def _call(tokenizer: Any, texts: Sequence[str], **settings: Any) -> tuple[list[list[int]], list[Any]]:

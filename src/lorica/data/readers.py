@@ -106,7 +106,8 @@ def _csv_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
             if len(cells) != len(header):
                 yield Row(origin, {}, f"has {len(cells)} columns, not {len(header)}")
                 continue
-            yield Row(origin, dict(zip(header, cells, strict=True)), _undecodable("".join(cells)))
+            whole = "".join(cells)
+            yield Row(origin, dict(zip(header, cells, strict=True)), "" if whole.isascii() else _undecodable(whole))
 
 
 def _delimiter(header: str) -> str:

@@ -168,22 +168,23 @@ class FileTokenizer:
     """
 
     chat_template = None
+    truncation_side = "right"
 
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
 
         self.name_or_path = str(folder)
-        self._own = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._own.no_truncation()
-        self._own.no_padding()
+        self.backend_tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.backend_tokenizer.no_truncation()
+        self.backend_tokenizer.no_padding()
         settings = folder / "tokenizer_config.json"
         told = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
         eos = told.get("eos_token") or "</s>"
         self.eos_token = eos["content"] if isinstance(eos, dict) else str(eos)
-        self.eos_token_id = self._own.token_to_id(self.eos_token)
+        self.eos_token_id = self.backend_tokenizer.token_to_id(self.eos_token)
 
     def __call__(self, texts: list[str], add_special_tokens: bool = True, **_: Any) -> Any:
-        return _Batch(self._own.encode_batch(list(texts), add_special_tokens=add_special_tokens))
+        return _Batch(self.backend_tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens))
 
 
 class _Batch(dict[str, Any]):
