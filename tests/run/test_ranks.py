@@ -1,6 +1,8 @@
 """Two processes train what one does: started by us, or all at once by torchrun."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import signal
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 from lorica import states
+from lorica.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("data.max_train_examples=48", "data.max_validation_examples=15", "data.max_test_examples=9", "trainer.max_epochs=1")
@@ -29,20 +32,26 @@ def _free_port() -> int:
         return port
 
 
+def _here(arguments: list[str]) -> tuple[int, str]:
+    """Train in this process, which has torch already: (exit code, what was printed)."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), pytest.raises(SystemExit) as end:
+        main("train", arguments)
+    return int(end.value.code or 0), said.getvalue()
+
+
 def _train(folder: Path, *arguments: str, processes: int = 1, outside: bool = False) -> dict[str, Any]:
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-addr=127.0.0.1", f"--master-port={_free_port()}"]
     devices = [f"trainer.devices={processes}", *(["trainer.strategy=ddp"] if processes > 1 else [])]
     command = [sys.executable, *(torchrun if outside else []), str(ROOT / "train.py"), *SMALL, *PLAIN, *devices, *arguments]
-    done = subprocess.run(
-        [*command, *([] if outside else [f"run_dir={folder}"])],
-        cwd=folder.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.count("next ") == 1
+    if processes == 1:
+        code, printed = _here([*command[2:], f"run_dir={folder}"])
+    else:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command += [] if outside else [f"run_dir={folder}"]
+        done = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=300)
+        code, printed = done.returncode, done.stdout + done.stderr[-3000:]
+    assert code == 0 and printed.count("next ") == 1, printed[-6000:]
     run = folder.parent / "outputs" / "latest" if outside else folder
     figures: dict[str, Any] = json.loads((run / "metrics.json").read_text())
     assert len((run / "predictions.jsonl").read_text().splitlines()) == 9
