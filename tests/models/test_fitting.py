@@ -328,6 +328,32 @@ def test_without_a_gpu_layers_run_as_asked_and_nothing_is_tried() -> None:
 # --------------------------------------------------------------------------------------------------------------- capture
 
 
+@pytest.mark.parametrize(
+    ("launching", "working", "long"), [(0.2, 0.3, False), (0.3, 0.2, False), (0.2, 0.7, True), (0.7, 0.3, False), (0.69, 0.7, False)]
+)
+def test_a_long_step_is_not_captured_unless_the_gpu_waits_for_the_host(
+    launching: float, working: float, long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU works from the first launch on, and is done when all is launched at the earliest."""
+    tried = Simulated(Memory(10_000 * MIB, 1000 * MIB, 12, 10 * MIB, 1 * MIB, 0), monkeypatch)
+    now, busy_until = 0.0, 0.0
+
+    def run(batch: dict[str, Any]) -> None:
+        nonlocal now, busy_until
+        begun, now = now, now + launching
+        busy_until = max(now, begun + working)
+
+    def synchronize() -> None:
+        nonlocal now
+        now = max(now, busy_until)
+
+    monkeypatch.setattr(tried, "_run", run)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(fitting.time, "perf_counter", lambda: now)
+    tried.seconds = [tried._timed(batch) for batch in tried.batches]
+    assert max(tried.seconds)[0] == pytest.approx(max(launching, working)) and tried.takes_long() == long
+
+
 @pytest.mark.parametrize("fails", ["", "operation not permitted when stream is capturing"])
 def test_all_sizes_are_captured_or_none_and_the_user_is_told(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
     captured: list[int] = []

@@ -110,7 +110,7 @@ def test_a_small_micro_step_that_is_not_captured_waits_for_the_host() -> None:
     sizes = jobs.Batches(1280, 1280 / small.rows, small.rows, small.targets, None, 512)
     tight = replace(H200, memory=int(10.6 * GIB))
     assert pace.captured(small, H200) and not pace.captured(small, tight)
-    assert pace.rate(small, sizes, tight) == pytest.approx(1280 / (32 * pace.LAUNCHED), rel=0.01)
+    assert pace.rate(small, sizes, tight) == pytest.approx(1280 / (32 * pace.LAUNCHED_4BIT), rel=0.01)
     assert pace.rate(small, sizes, H200) > 1.2 * pace.rate(small, sizes, tight)
 
 

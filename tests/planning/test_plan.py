@@ -124,10 +124,11 @@ def test_the_rate_on_an_h200_is_the_measured_one(case: str, tokens: int, again: 
 
 
 def test_the_rates_of_all_ways_by_hand_are_met_within_ten_percent() -> None:
-    """Layers computed again, in several parts: what `trainer.fit` chooses by."""
+    """Layers computed again, in several parts: what `trainer.fit` chooses by. What was launched bit by bit depends on the host."""
     found = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "fit_h200.json").read_text())
-    rows = [row for row in found["settings"] if row["ended"] == "trained"]
-    assert len(rows) >= 14
+    trained = [row for row in found["settings"] if row["ended"] == "trained"]
+    rows = [row for row in trained if not row.get("notes") or any("captured" in note for note in row["notes"])]  # five were kept without
+    assert len(rows) >= 20
     plan = planned("model=mistral_qlora", "data=healthcare_qa", "trainer.tokens_per_batch=8192", "model.max_length=512", card="h200_141gb")
     for row in rows:
         parts, again = row["name"].split()[0], row["name"].split()[-1]

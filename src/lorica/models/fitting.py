@@ -32,7 +32,8 @@ from lorica.models.optimizers import effective_name, state_bytes
 SPARE = 0.06  # share of the memory that is left free: fragments, evaluation, library workspaces
 SPARE_BYTES = 256 << 20
 PLENTY = 2  # times the plain weights' bytes
-LAUNCH_BOUND = 0.5  # seconds of a micro-step; in longer ones the host keeps ahead of the GPU
+LONG = 0.5  # seconds of a micro-step that need not be captured where the host keeps ahead of the GPU
+AHEAD = 0.05  # of a micro-step's time: so long the GPU works on after all is launched where the host keeps ahead of it
 WORTH_COMPILING = 60  # micro-steps: compiling takes as long as it saves in about as many
 
 
@@ -176,7 +177,7 @@ def fit(
             ("a head with dropout is computed again", not all(map(module.capturable, batches))),
             # graphs hold on to their memory, evaluation comes between them, and a capture that fails keeps what it took (pytorch#190348)
             ("memory is short", short),
-            ("it takes long", trainer.cuda_graphs is None and max(fitting.seconds) >= LAUNCH_BOUND),
+            ("it takes long", trainer.cuda_graphs is None and fitting.takes_long()),
         )
         if hinders
     ]
@@ -225,7 +226,8 @@ class Fitting:
     Attributes:
         keep_plain: lets 4-bit weights stay plain, where that may be decided here. room: bytes to be left beside a micro-step.
         stay: bytes of the optimiser's state and of gradients, which stay through evaluation. peak: bytes of the largest micro-batch, with
-            all that stays. seconds: of a micro-step of each batch. Known after `fit`.
+            all that stays. seconds: of a micro-step of each batch, and how many of them the GPU worked on after all was launched.
+            Known after `fit`.
     """
 
     keep_plain: Callable[[], None] | None = None
@@ -375,14 +377,20 @@ class Fitting:
         self._forget()
         return size
 
-    def _timed(self, batch: dict[str, Any]) -> float:
-        """Seconds of a micro-step, after one in which it is compiled."""
+    def _timed(self, batch: dict[str, Any]) -> tuple[float, float]:
+        """Of a micro-step, after one in which it is compiled: see `seconds`."""
         self._run(batch)
         torch.cuda.synchronize()
         begun = time.perf_counter()
         self._run(batch)
+        launched = time.perf_counter()
         torch.cuda.synchronize()
-        return time.perf_counter() - begun
+        ended = time.perf_counter()
+        return ended - begun, ended - launched
+
+    def takes_long(self) -> bool:
+        """Whether the host keeps ahead of the GPU in some long micro-step: one that it is waited for in is long on a slow host only."""
+        return any(whole >= LONG and after >= AHEAD * whole for whole, after in self.seconds)
 
     def _run(self, batch: dict[str, Any]) -> None:
         with self.arithmetic():
