@@ -7,7 +7,7 @@ import sys
 
 from lorica.cli import main
 from lorica.kernels import lora_linear
-from lorica.models.causal_lm import CausalLMModule
+from lorica.models.module import CausalLMModule
 
 SETTINGS = (
     "model.attn_implementation=sdpa",

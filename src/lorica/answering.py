@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from lorica.answers import Answer
-from lorica.config import ConfigError, OptimizerConfig
+from lorica.config import ConfigError
 from lorica.data.encoding import CausalEncoder, ClassifierEncoder, build_encoder
 from lorica.data.examples import Example
-from lorica.models.causal_lm import CausalLMModule
-from lorica.models.sequence_classifier import SequenceClassifierModule
+from lorica.models.causal_lm import CausalLM
+from lorica.models.sequence_classifier import SequenceClassifier
 from lorica.models.trained import Trained
 from lorica.scoring import BATCH, Scorer, uncounted
 
@@ -32,11 +32,11 @@ class Predictor:
         self.max_new_tokens = max_new_tokens or int(self.task.get("max_new_tokens") or 256)
         self.labels: list[str] | None = self.task.get("labels")
         self.encoder = build_encoder(self.task, trained.tokenizer)
-        cls = SequenceClassifierModule if isinstance(self.encoder, ClassifierEncoder) else CausalLMModule
-        self.module = cls(trained.model, OptimizerConfig(), 1).eval()
+        cls = SequenceClassifier if isinstance(self.encoder, ClassifierEncoder) else CausalLM
+        self.forward = cls(trained.model.eval())
         self.pad_id = int(trained.tokenizer.pad_token_id)
         self.threshold = _threshold(trained, target_risk)
-        self.scorer = Scorer(trained, self.module, self.encoder)
+        self.scorer = Scorer(trained, self.forward, self.encoder)
 
     def warm_up(self, examples: Sequence[Example], batch_size: int | None, total: int) -> None:
         """Before so many examples are answered, of which these are the first."""
@@ -98,9 +98,9 @@ class Predictor:
         return [answers[i] for i in range(len(prompts))]
 
     def _write(self, prompts: list[list[int]]) -> list[Answer]:
-        assert isinstance(self.module, CausalLMModule)
+        assert isinstance(self.forward, CausalLM)
         with self.trained.arithmetic():
-            generated = self.module.generate(prompts, self.pad_id, self.max_new_tokens)
+            generated = self.forward.generate(prompts, self.pad_id, self.max_new_tokens)
         return [Answer(self.trained.tokenizer.decode(ids, skip_special_tokens=True).strip()) for ids in generated]
 
 

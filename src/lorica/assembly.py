@@ -18,10 +18,8 @@ from lorica.config import ConfigError, TrainConfig
 from lorica.data.module import Batching, LoricaDataModule
 from lorica.metrics_log import MetricsLog
 from lorica.models import weights
-from lorica.models.causal_lm import CausalLMModule
 from lorica.models.loaded import Loaded
-from lorica.models.module import LoricaModule
-from lorica.models.sequence_classifier import SequenceClassifierModule
+from lorica.models.module import CausalLMModule, LoricaModule, SequenceClassifierModule
 from lorica.models.soft_labels import SoftLabels
 from lorica.screen import Screen
 from lorica.signals import Stop

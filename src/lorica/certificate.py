@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lorica.config import ConfigError, OptimizerConfig
+from lorica.config import ConfigError
 from lorica.data.asking import ask_answered_row, ask_text
 from lorica.data.chat import parse_messages
 from lorica.data.collate import collate_candidates, collate_classifier, inputs
@@ -26,8 +26,8 @@ from lorica.data.encoding import IGNORE, CausalEncoder, ClassifierEncoder, Encod
 from lorica.data.examples import Example, Message
 from lorica.data.readers import read_rows
 from lorica.data.rows import BadRow
-from lorica.models.causal_lm import CausalLMModule
-from lorica.models.sequence_classifier import SequenceClassifierModule
+from lorica.models.causal_lm import CausalLM
+from lorica.models.sequence_classifier import SequenceClassifier
 from lorica.models.trained import Trained
 
 POSITIONS = 64  # of a row that are compared: its last, the answer among them
@@ -164,23 +164,23 @@ class Reader:
     def __init__(self, trained: Trained) -> None:
         self.trained = trained
         self.encoder = build_encoder(trained.task, trained.tokenizer)
-        cls = SequenceClassifierModule if isinstance(self.encoder, ClassifierEncoder) else CausalLMModule
-        self.module = cls(trained.model, OptimizerConfig(), 1).eval()
+        cls = SequenceClassifier if isinstance(self.encoder, ClassifierEncoder) else CausalLM
+        self.forward = cls(trained.model.eval())
         self.pad_id = int(trained.tokenizer.pad_token_id)
 
     def logits(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits fp32 [S, vocabulary or classes], what is right there, int64 [S], IGNORE where nothing is known), on the CPU."""
-        if isinstance(self.module, SequenceClassifierModule):
+        if isinstance(self.forward, SequenceClassifier):
             with self.trained.arithmetic():
-                out = self.module.logits(self._here(collate_classifier(rows, self.pad_id, self.trained.padded)))
+                out = self.forward.logits(self._here(collate_classifier(rows, self.pad_id, self.trained.padded)))
             return out.float().cpu(), torch.tensor([row.label if row.label >= 0 else IGNORE for row in rows])
-        assert isinstance(self.module, CausalLMModule)
+        assert isinstance(self.forward, CausalLM)
         batch, starts = inputs([row.ids for row in rows], self.pad_id, self.trained.padded)
         spans = [(max(0, len(row.ids) - 1 - POSITIONS), max(1, len(row.ids) - 1)) for row in rows]
         places = torch.cat([start + torch.arange(*span) for start, span in zip(starts, spans, strict=True)])
         targets = torch.cat([torch.tensor([*row.labels[1:], IGNORE])[slice(*span)] for row, span in zip(rows, spans, strict=True)])
         with self.trained.arithmetic():
-            out = self.module.logits_at(self._here({**batch, "predict_at": places, "targets": targets}))
+            out = self.forward.logits_at(self._here({**batch, "predict_at": places, "targets": targets}))
         return out.float().cpu(), targets
 
     def predicted(self, examples: Sequence[Example], logits: torch.Tensor) -> list[int]:
@@ -189,7 +189,7 @@ class Reader:
             return [int(k) for k in logits.argmax(-1)]
         batch = collate_candidates(self.encoder.candidates(examples), self.pad_id, self.trained.padded)
         with self.trained.arithmetic():
-            return [int(k) for k in self.module.evaluate(self._here(batch))["scores"].argmax(-1)]
+            return [int(k) for k in self.forward.evaluate(self._here(batch))["scores"].argmax(-1)]
 
     def _here(self, batch: dict[str, Any]) -> dict[str, Any]:
         device = self.trained.model.device

@@ -15,8 +15,7 @@ from lorica.callbacks import Evaluate, of_ranks
 from lorica.data.encoding import CausalEncoder
 from lorica.data.examples import Example
 from lorica.data.module import LoricaDataModule
-from lorica.models.causal_lm import CausalLMModule
-from lorica.models.module import LoricaModule
+from lorica.models.module import CausalLMModule, LoricaModule
 
 GENERATION_BATCH = 32  # test prompts answered at once
 

@@ -6,16 +6,18 @@ import hashlib
 import importlib.metadata
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lorica
 from lorica.checks import walk
 from lorica.config import ConfigError, TrainConfig
 from lorica.data.batching import PLAN_VERSION
-from lorica.data.module import LoricaDataModule
 from lorica.data.token_cache import content_hash
 from lorica.durable import sha256
 from lorica.hardware import Machine
+
+if TYPE_CHECKING:
+    from lorica.data.module import LoricaDataModule
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "numpy")
 # What a run may go on with another value of: where things go, how often, how far, how fast. Where data and weights come from is

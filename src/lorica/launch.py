@@ -5,37 +5,39 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed
-from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from lorica.config import ConfigError
 
-Environment = LightningEnvironment | SLURMEnvironment | TorchElasticEnvironment
+if TYPE_CHECKING:
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+TORCHRUN, SRUN = "TORCHELASTIC_RUN_ID", "SLURM_NTASKS"  # variables that tell of them
 
 
-def environment() -> Environment:
-    """Who started the processes: torchrun, srun, or this program through Lightning."""
+def from_outside() -> SLURMEnvironment | TorchElasticEnvironment | None:
+    """Who started the processes: torchrun or srun; None: this program does, through Lightning, which takes seconds to be imported."""
+    if TORCHRUN not in os.environ and SRUN not in os.environ:
+        return None
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
-    if SLURMEnvironment.detect():
-        return SLURMEnvironment()
-    return LightningEnvironment()
+    return SLURMEnvironment() if SLURMEnvironment.detect() else None
 
 
 def rank() -> int:
     """This process's number among all of the run, before and after they are connected."""
-    given = environment()
-    if isinstance(given, LightningEnvironment):  # it knows ranks only once its Trainer is built
-        return int(os.environ.get("LOCAL_RANK", "0"))
-    return given.global_rank()
+    given = from_outside()  # Lightning knows ranks only once its Trainer is built
+    return int(os.environ.get("LOCAL_RANK", "0")) if given is None else given.global_rank()
 
 
 def local_rank() -> int:
     """This process's number on its machine."""
-    given = environment()
-    return int(os.environ.get("LOCAL_RANK", "0")) if isinstance(given, LightningEnvironment) else given.local_rank()
+    given = from_outside()
+    return int(os.environ.get("LOCAL_RANK", "0")) if given is None else given.local_rank()
 
 
 def check_world(devices: int, num_nodes: int) -> None:
@@ -44,8 +46,8 @@ def check_world(devices: int, num_nodes: int) -> None:
     Raises:
         ConfigError: torchrun or srun started more or fewer than trainer.devices x trainer.num_nodes; several machines without them.
     """
-    given = environment()
-    if isinstance(given, LightningEnvironment):
+    given = from_outside()
+    if given is None:
         if num_nodes > 1:
             raise ConfigError("trainer.num_nodes", num_nodes, "several machines are started by torchrun or srun, one process a device")
         return
@@ -68,15 +70,15 @@ def decided_once(decide: Callable[[], Any], accelerator: str, variable: str) -> 
     Args:
         variable: the environment variable that hands it down.
     """
-    given = environment()
-    if isinstance(given, LightningEnvironment) or given.world_size() == 1:
+    given = from_outside()
+    if given is None or given.world_size() == 1:
         if rank() == 0:
             os.environ[variable] = json.dumps(decide())
         return json.loads(os.environ[variable])
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             "nccl" if accelerator != "cpu" and torch.cuda.is_available() else "gloo",
-            init_method=f"tcp://{given.main_address}:{given.main_port}" if isinstance(given, SLURMEnvironment) else "env://",
+            init_method="env://" if TORCHRUN in os.environ else f"tcp://{given.main_address}:{given.main_port}",
             rank=given.global_rank(),
             world_size=given.world_size(),
         )

@@ -18,8 +18,8 @@ from lorica.data.encoding import CausalEncoder, ClassifierEncoder, Encoded, Trun
 from lorica.data.examples import Example
 from lorica.data.shapes import Shape
 from lorica.models.captured import CapturedScores, waits_for_the_device
-from lorica.models.module import LoricaModule
-from lorica.models.sequence_classifier import SequenceClassifierModule, pooling
+from lorica.models.forward import Forward
+from lorica.models.sequence_classifier import SequenceClassifier, pooling
 from lorica.models.trained import Trained
 
 BATCH = 32  # texts at once
@@ -39,14 +39,14 @@ class Scorer:
     """Scores texts with one trained model.
 
     Args:
-        module: around the trained model. encoder: makes of a text what the model reads.
+        forward: of the trained model. encoder: makes of a text what the model reads.
 
     Attributes:
         can_capture: a forward may be captured: a small encoder's, on a GPU, whose batches need no padding.
     """
 
-    def __init__(self, trained: Trained, module: LoricaModule, encoder: ClassifierEncoder | CausalEncoder) -> None:
-        self.trained, self.module, self.encoder = trained, module, encoder
+    def __init__(self, trained: Trained, forward: Forward, encoder: ClassifierEncoder | CausalEncoder) -> None:
+        self.trained, self.forward, self.encoder = trained, forward, encoder
         self._pad_id = int(trained.tokenizer.pad_token_id)
         self._tokens = ELEMENTS // trained.model.config.get_text_config().hidden_size
         self._captured: CapturedScores | None = None
@@ -117,9 +117,9 @@ class Scorer:
     def _scores(self, batch: dict[str, Any]) -> torch.Tensor:
         """Of a batch on the device."""
         with self.trained.arithmetic():
-            if isinstance(self.module, SequenceClassifierModule):
-                return self.module.logits(batch).log_softmax(-1)
-            scores: torch.Tensor = self.module.evaluate(batch)["scores"]
+            if isinstance(self.forward, SequenceClassifier):
+                return self.forward.logits(batch).log_softmax(-1)
+            scores: torch.Tensor = self.forward.evaluate(batch)["scores"]
         return scores
 
     # ----------------------------------------------------------------------------------------------------------- captured

@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 
 from lorica import callbacks, durable, states
 from lorica.checkpoints import tensors
-from lorica.models.causal_lm import CausalLMModule
-from lorica.models.sequence_classifier import SequenceClassifierModule
+from lorica.models.module import CausalLMModule, SequenceClassifierModule
 
 Lorica = Callable[..., tuple[int, str]]
 SMALL = ("data.max_train_examples=24", "data.max_validation_examples=8", "data.max_test_examples=4", "trainer.log_every_n_steps=1")

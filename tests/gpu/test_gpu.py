@@ -63,7 +63,7 @@ def _rows() -> list[Encoded]:
 @pytest.mark.parametrize("window", [None, 16])
 def test_flat_logits_equal_padded_logits(window: int | None) -> None:
     from lorica.config import OptimizerConfig
-    from lorica.models.causal_lm import CausalLMModule
+    from lorica.models.module import CausalLMModule
 
     logits = {}
     for attn, padded in (("sdpa", True), (attention.VARLEN, False)):
@@ -157,7 +157,7 @@ def test_flat_encoders_equal_padded_ones(kind: str) -> None:
 
     from lorica.config import OptimizerConfig
     from lorica.data.collate import collate_classifier
-    from lorica.models.sequence_classifier import SequenceClassifierModule
+    from lorica.models.module import SequenceClassifierModule
 
     attention.register()
     torch.manual_seed(0)

@@ -10,7 +10,8 @@ from lorica.data.collate import collate_classifier, fill
 from lorica.data.encoding import Encoded
 from lorica.data.shapes import Shape
 from lorica.kernels import attention
-from lorica.models.sequence_classifier import SequenceClassifierModule, pooling
+from lorica.models.module import SequenceClassifierModule
+from lorica.models.sequence_classifier import pooling
 
 ROWS = [Encoded([0, 11, 12, 13, 2], label=1), Encoded([0, 21, 2], label=0), Encoded([0, *range(30, 44), 2], label=2)]
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_labels": 3}

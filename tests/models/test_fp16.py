@@ -14,11 +14,9 @@ from lorica.config import TrainConfig
 from lorica.data.module import Batching, LoricaDataModule
 from lorica.data.registry import build_data
 from lorica.hardware import Machine
-from lorica.models.causal_lm import CausalLMModule
 from lorica.models.loaded import Loaded, load, prepare
-from lorica.models.module import LoricaModule
+from lorica.models.module import CausalLMModule, LoricaModule, SequenceClassifierModule
 from lorica.models.optimizers import build_optimizer
-from lorica.models.sequence_classifier import SequenceClassifierModule
 
 MACHINE = Machine("cpu", 1, torch.device("cpu"), 0, 1, "16-mixed")
 MISTRAL, PLAIN = ["model=tiny_mistral_qlora", "data=sentiment"], "model.quantization=null"

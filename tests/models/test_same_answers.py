@@ -14,7 +14,7 @@ from lorica.data.encoding import IGNORE, Encoded
 from lorica.data.shapes import Shape
 from lorica.kernels import attention, frozen, lora_linear
 from lorica.kernels.layers import Layers
-from lorica.models.causal_lm import CausalLMModule
+from lorica.models.module import CausalLMModule
 
 PAD = 3
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

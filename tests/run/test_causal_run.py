@@ -103,7 +103,7 @@ def test_a_causal_base_classifies_whatever_the_padding_side(tiny_mistral: Path) 
     from lorica.data.collate import collate_classifier
     from lorica.data.encoding import Encoded
     from lorica.models import base
-    from lorica.models.sequence_classifier import SequenceClassifierModule
+    from lorica.models.module import SequenceClassifierModule
 
     settings = ModelConfig(name="c", task="sequence_classification", base=str(tiny_mistral))
     found = base.find_base(settings.base, None)

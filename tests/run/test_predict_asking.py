@@ -183,18 +183,18 @@ def test_answers_are_as_long_as_in_training_unless_said(
 def test_a_model_writes_so_many_tokens(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from lorica.models.causal_lm import CausalLMModule
+    from lorica.models.causal_lm import CausalLM
     from lorica.models.trained import load_trained
 
     written: list[int] = []
-    generate = CausalLMModule.generate
+    generate = CausalLM.generate
 
-    def counted(self: CausalLMModule, *args: Any) -> list[list[int]]:
+    def counted(self: CausalLM, *args: Any) -> list[list[int]]:
         answers = generate(self, *args)
         written.extend(len(ids) for ids in answers)
         return answers
 
-    monkeypatch.setattr(CausalLMModule, "generate", counted)
+    monkeypatch.setattr(CausalLM, "generate", counted)
     predictor = Predictor(load_trained(writer, torch.device("cpu")))
     predictor.answer([ask_text(predictor.task, text) for text in ("hello there", "goal")], 2)
     assert len(written) == 2 and all(n <= 3 for n in written)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from lorica.kernels.loss import draws, head_cross_entropy, tile_rows
+from lorica.models.forward import Forward, at_places, flat_inputs
 from lorica.models.generation import greedy, stop_tokens
-from lorica.models.module import LoricaModule, at_places, flat_inputs
 
 # Configuration values by which some architectures change their logits after the head: Cohere, Granite, Gemma, RecurrentGemma,
 # Falcon-H1, xLSTM.
@@ -24,7 +24,7 @@ _HEAD_SCALES = (
 )
 
 
-class CausalLMModule(LoricaModule):
+class CausalLM(Forward):
     """Batches as `lorica.data.collate` makes them, flat or padded."""
 
     def token_losses(self, batch: dict[str, Any]) -> torch.Tensor:

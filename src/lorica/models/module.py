@@ -1,8 +1,7 @@
-"""What both Lightning modules share: the window-exact loss, its account, optimisers, and a state of trainable weights only."""
+"""The Lightning modules: the window-exact loss, its account, optimisers, and a state of trainable weights only."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -11,12 +10,15 @@ from lightning.pytorch import LightningModule
 
 from lorica.config import OptimizerConfig
 from lorica.models.captured import CapturedSteps
+from lorica.models.causal_lm import CausalLM
+from lorica.models.forward import Forward
 from lorica.models.halving import Halving
 from lorica.models.optimizers import build_optimizer, build_schedule, effective_name
+from lorica.models.sequence_classifier import SequenceClassifier
 from lorica.models.skipping import SkipSteps
 
 
-class LoricaModule(LightningModule):
+class LoricaModule(Forward, LightningModule):
     """A model under training.
 
     Args:
@@ -28,8 +30,7 @@ class LoricaModule(LightningModule):
     strict_loading = False  # a checkpoint holds the trainable weights; the others are the base's
 
     def __init__(self, model: Any, optimizer: OptimizerConfig, total_steps: int, fused: bool = True) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.optimizer_config, self.total_steps, self.fused = optimizer, total_steps, fused
         self.loss_account: torch.Tensor | None = None  # summed loss since it was last read, on the device
         self.supervised_account = 0
@@ -42,23 +43,6 @@ class LoricaModule(LightningModule):
         self.skipping = SkipSteps()
         self.halving: Halving | None = None  # runs micro-batches in parts where they don't fit
         self._to_run: tuple[dict[str, Any], int] | None = None  # a micro-batch whose forward is left to `backward`
-
-    @property
-    def whole(self) -> Any:
-        """transformers' model, inside PEFT's wrapper where there is one; its layers carry the adapters."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-
-    @abstractmethod
-    def loss_sum(self, batch: dict[str, Any]) -> torch.Tensor:
-        """The summed loss over a micro-batch's supervised tokens (or labelled texts), a scalar in fp32."""
-
-    def capturable(self, batch: dict[str, Any]) -> bool:
-        """Whether a micro-step on a batch of this size can be captured, its layers aside: it must not save the generator's state."""
-        return True
-
-    @abstractmethod
-    def evaluate(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """For a batch of evaluation rows: loss_sum and count (scalars), and scores [B, K] (log-probabilities) where there are labels."""
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         """One micro-batch's share of its window's loss.
@@ -213,23 +197,9 @@ class LoricaModule(LightningModule):
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
 
-def at_places(hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """[S, H] of hidden states [B, T, H] at places int64 [S] in the flattened [B * T].
-
-    By index_select, whose gradient is added place by place: that of an index is sorted first. Places that are named more than once,
-    those of fillers, have gradients of zero, so that the order of the sums changes no bit.
-    """
-    return hidden.flatten(0, 1).index_select(0, places)
+class CausalLMModule(CausalLM, LoricaModule):
+    """A causal language model under training."""
 
 
-def flat_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """A flat batch in the names that transformers passes on to attention."""
-    ends, longest = batch["cu_seqlens"], batch["max_seqlen"]
-    return {
-        "input_ids": batch["input_ids"],
-        "position_ids": batch["position_ids"],
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+class SequenceClassifierModule(SequenceClassifier, LoricaModule):
+    """A sequence classifier under training."""

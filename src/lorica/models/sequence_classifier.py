@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lorica.kernels import attention
-from lorica.models.module import LoricaModule, at_places, flat_inputs
+from lorica.models.forward import Forward, at_places, flat_inputs
 from lorica.models.soft_labels import SoftLabels
 
 _FIRST_TOKEN = ("roberta", "xlm-roberta", "camembert")  # their heads read the first token's features; positions begin after padding_idx
@@ -33,7 +33,7 @@ def takes_flat(config: Any, task: str) -> bool:
     return attention.varlen_covers(config) and (task == "causal_lm" or pooling(config) is not None)
 
 
-class SequenceClassifierModule(LoricaModule):
+class SequenceClassifier(Forward):
     """Cross-entropy over classes; batches are `collate_classifier`'s, flat or padded, with labels [B].
 
     With `soft`, training batches also have `teacher`, its log-probabilities fp32 [B, classes], which are learnt beside the labels.

@@ -13,14 +13,14 @@ from lorica.calibration import Calibration
 from lorica.calibration import write as write_calibration
 from lorica.config import ConfigError, TrainConfig
 from lorica.data import token_contract
-from lorica.data.module import LoricaDataModule
+from lorica.data.rows import Rows
 from lorica.durable import FOR_PEOPLE, MANIFEST, damage, recover_folder, replaced_folder, write_json
 from lorica.models import adapters
 from lorica.models.base import Base
 from lorica.runs import TASK_FILE
 
 
-def asked(config: TrainConfig, data: LoricaDataModule) -> dict[str, Any]:
+def asked(config: TrainConfig, data: Rows) -> dict[str, Any]:
     """How the model is asked, as lorica.json has it."""
     return {
         "task": config.model.task,
@@ -35,7 +35,7 @@ def asked(config: TrainConfig, data: LoricaDataModule) -> dict[str, Any]:
 def save(
     folder: Path,
     config: TrainConfig,
-    data: LoricaDataModule,
+    data: Rows,
     base: Base,
     tokenizer: Any,
     model: Any,
