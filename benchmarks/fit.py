@@ -1,13 +1,14 @@
 """`trainer.fit` on cards of several sizes, which a large one plays by giving a process so much of its memory.
 
 `python -m benchmarks.fit OUT.json --model DIR [--limits 6,7.5,11,15,22] [--lengths 512,1024,2048] [--stages fitted,settings]
-[--ways 1:true,2:16]`
+[--ways 1:true,2:16] [--gpus 0,1]`
 
 fitted: QLoRA of Mistral-7B, 8,192 tokens a step, at every limit and length with `trainer.fit=true`: tokens/s, peak, and the loss of every
 step, which is to be the same at every limit. settings: every way by hand (parts, layers computed again), each once without a limit, for
 a rate does not depend on what is left; the best of a cell is the fastest whose reserved memory is within the limit. A way that is in no
 cell, by the plan, is not run.
 A cell that the plan says does not fit is to be refused, not run into. Where OUT.json is there, what it has is kept and not run again.
+Several GPUs share the runs, one at a time on each; the next run's process imports its libraries meanwhile.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ import argparse
 import csv
 import json
 import statistics
+import subprocess
 import sys
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from benchmarks import memory, qlora
-from benchmarks.side_by_side import Failed, call, machine, scratch, versions
+from benchmarks.side_by_side import Failed, finish, machine, scratch, start, stop, versions
 from lorica.planning.cards import CARDS, GIB
 
 TOKENS, STEPS, WARM = 8192, 16, 6
@@ -38,13 +43,40 @@ def recipe(model: Path, rows: Path, length: int, *more: str) -> list[str]:
     return qlora.recipe(model, rows, f"trainer.tokens_per_batch={TOKENS}", *steps, *more)
 
 
-def trained(overrides: list[str], limit: float | None, timeout: float) -> dict[str, Any]:
+class Turns:
+    """Runs of train.py on one GPU, one after another.
+
+    Args:
+        gpu: its number; "": whichever this process would take.
+    """
+
+    def __init__(self, gpu: str) -> None:
+        self._environment = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+        self._next = self._started()
+
+    def _started(self) -> subprocess.Popen[str]:
+        return start([sys.executable, "-m", "benchmarks.next_train"], **self._environment)
+
+    def train(self, overrides: list[str], limit: float | None, timeout: float) -> None:
+        """Run it to its end.
+
+        Raises:
+            Failed: it exits with an error, or is not done in time.
+        """
+        process, self._next = self._next, self._started()
+        finish(process, timeout, json.dumps({"limit": limit, "overrides": overrides}) + "\n")
+
+    def close(self) -> None:
+        """Nothing more is to be run."""
+        stop(self._next)
+
+
+def trained(turns: Turns, overrides: list[str], limit: float | None, timeout: float) -> dict[str, Any]:
     """Figures of one run, or why there are none: refused (exit code 2), out of memory, or another failure."""
     folder = scratch() / "run"
-    program = ["train.py"] if limit is None else ["-m", "benchmarks.capped_train", f"{limit}"]
     began = time.perf_counter()
     try:
-        call([sys.executable, *program, *overrides, f"run_dir={folder}"], timeout)
+        turns.train([*overrides, f"run_dir={folder}"], limit, timeout)
         figures = json.loads((folder / "metrics.json").read_text())
         with (folder / "metrics.csv").open(newline="") as file:
             steps = [row for row in csv.DictReader(file) if row.get("train/loss")]
@@ -117,6 +149,7 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS), help="of the settings by hand")
     parser.add_argument("--timeout", type=float, default=150)
     parser.add_argument("--card", default="h200_141gb", choices=list(CARDS), help="that it is run on")
+    parser.add_argument("--gpus", default="", help="numbers of those that share the runs")
     parser.add_argument("--within", type=float, default=1e9, help="seconds after which no further run is begun")
     options = parser.parse_args()
     began = time.perf_counter()
@@ -128,36 +161,55 @@ def main() -> None:
     by_hand: list[dict[str, Any]] = earlier.get("settings", [])
     by_hand = [row for row in by_hand if row["ended"] != "fits no limit"]  # of these limits, perhaps
     done = {(row["length"], row.get("limit", row.get("name"))) for row in [*fitted, *by_hand]}
+    writing = Lock()
 
-    def to_do(length: int, what: float | str) -> bool:
-        return (length, what) not in done and time.perf_counter() - began < options.within
+    def keep(row: dict[str, Any]) -> None:
+        with writing:
+            (fitted if "limit" in row else by_hand).append({**row, "date": time.strftime("%Y-%m-%d")})
+            print(json.dumps({k: v for k, v in row.items() if k not in ("losses", "output", "notes")}), flush=True)
+            facts = {"tokens": TOKENS, "steps": STEPS, **machine(), "versions": versions()}
+            text = {
+                **earlier,
+                **facts,
+                "cells": table(fitted, by_hand),
+                "loss_spread": loss_spread(fitted),
+                "fitted": fitted,
+                "settings": by_hand,
+            }
+            options.out.write_text(json.dumps(text, indent=1) + "\n")
 
-    def keep(row: dict[str, Any], where: list[dict[str, Any]]) -> None:
-        where.append({**row, "date": time.strftime("%Y-%m-%d")})
-        print(json.dumps({k: v for k, v in row.items() if k not in ("losses", "output", "notes")}), flush=True)
-        facts = {"tokens": TOKENS, "steps": STEPS, **machine(), "versions": versions()}
-        text = {
-            **earlier,
-            **facts,
-            "cells": table(fitted, by_hand),
-            "loss_spread": loss_spread(fitted),
-            "fitted": fitted,
-            "settings": by_hand,
-        }
-        options.out.write_text(json.dumps(text, indent=1) + "\n")
-
+    runs: deque[tuple[dict[str, Any], list[str]]] = deque()
     for length in map(int, options.lengths.split(",")):
         for limit in limits if "fitted" in options.stages else ():
-            if to_do(length, limit):
-                own = recipe(options.model, rows_folder / "mixed", length)
-                keep({"limit": limit, "length": length, **trained(own, limit, options.timeout)}, fitted)
+            if (length, limit) not in done:
+                runs.append(({"limit": limit, "length": length}, recipe(options.model, rows_folder / "mixed", length)))
+    for length in map(int, options.lengths.split(",")):
         for name, way in settings(length, options.ways.split(",")) if "settings" in options.stages else ():
-            if to_do(length, name):
+            if (length, name) not in done:
                 own = recipe(options.model, rows_folder / "mixed", length, *way)
                 needs = memory.predicted(memory.Point(name, tuple(own)), CARDS[options.card]).fit.peak / GIB
-                fits = needs <= max(limits) * PLAN_ERROR
-                figures = trained(own, None, options.timeout) if fits else {"ended": "fits no limit"}
-                keep({"name": name, "length": length, "predicted_gib": needs, **figures}, by_hand)
+                row = {"name": name, "length": length, "predicted_gib": needs}
+                if needs <= max(limits) * PLAN_ERROR:
+                    runs.append((row, own))
+                else:
+                    keep({**row, "ended": "fits no limit"})
+
+    def next_run() -> tuple[dict[str, Any], list[str]] | None:
+        with writing:
+            return runs.popleft() if runs and time.perf_counter() - began < options.within else None
+
+    def take_turns(gpu: str) -> None:
+        turns = Turns(gpu)
+        try:
+            while (run := next_run()) is not None:
+                row, overrides = run
+                keep({**row, **trained(turns, overrides, row.get("limit"), options.timeout)})
+        finally:
+            turns.close()
+
+    gpus = options.gpus.split(",")
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        list(pool.map(take_turns, gpus))
     print(json.dumps(table(fitted, by_hand), indent=1))
 
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +43,35 @@ def call(command: list[str], timeout: float) -> str:
     """Run one process to its end and return what it printed on both streams.
 
     Raises:
-        Failed: it exits with an error, or is not done in time; then it is stopped with all processes it started.
+        Failed: see `finish`.
     """
-    process = subprocess.Popen(
+    return finish(start(command), timeout)
+
+
+def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
+    """A process for `finish`, with more environment variables than this one has."""
+    return subprocess.Popen(
         command,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
         start_new_session=True,  # so that its data loaders go with it
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **ENVIRONMENT, **environment},
     )
+
+
+def finish(process: subprocess.Popen[str], timeout: float, told: str = "") -> str:
+    """Tell a process something on its stdin and wait for its end: what it printed on both streams.
+
+    Raises:
+        Failed: it exits with an error, or is not done in time; then it is stopped with all processes it started.
+    """
     try:
-        output, _ = process.communicate(timeout=timeout)
+        output, _ = process.communicate(told, timeout=timeout)
     except BaseException as e:
-        os.killpg(process.pid, signal.SIGKILL)
+        stop(process)
         output, _ = process.communicate()
         if isinstance(e, subprocess.TimeoutExpired):
             raise Failed(f"not done after {timeout:.0f} s", output) from None
@@ -64,6 +79,12 @@ def call(command: list[str], timeout: float) -> str:
     if process.returncode:
         raise Failed(f"exit code {process.returncode}", output)
     return output
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """Kill it with all processes it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def peer(module: str, *arguments: str, timeout: float) -> dict[str, Any]:
