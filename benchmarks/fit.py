@@ -52,7 +52,8 @@ class Turns:
 
     def __init__(self, gpu: str) -> None:
         self._environment = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
-        self._next = self._started()
+        self._next = self._now = self._started()
+        self.closed = False
 
     def _started(self) -> subprocess.Popen[str]:
         return start([sys.executable, "-m", "benchmarks.next_train"], **self._environment)
@@ -63,12 +64,15 @@ class Turns:
         Raises:
             Failed: it exits with an error, or is not done in time.
         """
-        process, self._next = self._next, self._started()
-        finish(process, timeout, json.dumps({"limit": limit, "overrides": overrides}) + "\n")
+        self._now, self._next = self._next, self._started()
+        finish(self._now, timeout, json.dumps({"limit": limit, "overrides": overrides}) + "\n")
 
     def close(self) -> None:
-        """Nothing more is to be run."""
-        stop(self._next)
+        """Nothing more is to be run, nor what runs now to be ended."""
+        self.closed = True
+        for process in (self._now, self._next):
+            if process.poll() is None:
+                stop(process)
 
 
 def trained(turns: Turns, overrides: list[str], limit: float | None, timeout: float) -> dict[str, Any]:
@@ -198,18 +202,21 @@ def main() -> None:
         with writing:
             return runs.popleft() if runs and time.perf_counter() - began < options.within else None
 
-    def take_turns(gpu: str) -> None:
-        turns = Turns(gpu)
-        try:
-            while (run := next_run()) is not None:
-                row, overrides = run
-                keep({**row, **trained(turns, overrides, row.get("limit"), options.timeout)})
-        finally:
-            turns.close()
+    def take_turns(turns: Turns) -> None:
+        while (run := next_run()) is not None:
+            row, overrides = run
+            figures = trained(turns, overrides, row.get("limit"), options.timeout)
+            if not turns.closed:
+                keep({**row, **figures})
 
-    gpus = options.gpus.split(",")
-    with ThreadPoolExecutor(len(gpus)) as pool:
-        list(pool.map(take_turns, gpus))
+    gpus = [Turns(gpu) for gpu in options.gpus.split(",")] if runs else []
+    with ThreadPoolExecutor(max(1, len(gpus))) as pool:
+        try:
+            list(pool.map(take_turns, gpus))
+        finally:
+            runs.clear()
+            for turns in gpus:
+                turns.close()
     print(json.dumps(table(fitted, by_hand), indent=1))
 
 

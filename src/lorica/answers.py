@@ -153,7 +153,7 @@ def _text(value: Any, kind: str) -> str | None:
 
 
 def csv_line(cells: Iterable[Any]) -> str:
-    """Of a csv file, as csv.writer would write it, which takes nine times as long; a carriage return too is quoted."""
+    """Two cells or more as csv.writer would write them, which looks at each character; a carriage return too is quoted."""
     return ",".join(map(_cell, cells)) + "\n"
 
 

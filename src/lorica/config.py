@@ -308,7 +308,7 @@ class TrainerConfig:
     )
     cuda_graphs: bool | None = key(
         None,
-        "capture whole micro-steps of compiled layers, so that they don't wait for the host (one GPU); null: those that take less than half a second",
+        "capture whole micro-steps of compiled layers, so that they don't wait for the host (one GPU); null: not those of half a second and more in which the host keeps ahead",
     )
     val_check_interval: Any = key(
         1.0,

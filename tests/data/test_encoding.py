@@ -522,10 +522,13 @@ def test_too_long_a_text_loses_its_end_and_keeps_its_marks() -> None:
 @CHEAP
 @given(texts=st.lists(st.text("ab cé☃", max_size=40), min_size=1, max_size=5), limit=st.integers(4, 30))
 def test_a_classifier_reads_what_transformers_makes_of_a_text(side: str, texts: list[str], limit: int) -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.truncation_side = side
+    """Whatever its file, or who used it before, left set."""
+    tokenizer, other = byte_tokenizer(), byte_tokenizer()
+    tokenizer.truncation_side = other.truncation_side = side
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    tokenizer.backend_tokenizer.enable_truncation(4, stride=2, direction="left")
     rows = ClassifierEncoder(tokenizer, limit).encode([Example("", text=text) for text in texts], Truncation())
-    assert [list(row.ids) for row in rows] == tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+    assert [list(row.ids) for row in rows] == other(texts, truncation=True, max_length=limit)["input_ids"]
 
 
 def test_one_exchange_without_a_template_is_asked_as_it_was_learnt() -> None:

@@ -124,19 +124,21 @@ def test_the_rate_on_an_h200_is_the_measured_one(case: str, tokens: int, again: 
 
 
 def test_the_rates_of_all_ways_by_hand_are_met_within_ten_percent() -> None:
-    """Layers computed again, in several parts: what `trainer.fit` chooses by. What was launched bit by bit depends on the host."""
+    """Layers computed again, in several parts: what `trainer.fit` chooses by. What is launched bit by bit depends on the host."""
     found = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "fit_h200.json").read_text())
-    trained = [row for row in found["settings"] if row["ended"] == "trained"]
-    rows = [row for row in trained if not row.get("notes") or any("captured" in note for note in row["notes"])]  # five were kept without
-    assert len(rows) >= 20
+    rows = [row for row in found["settings"] if row["ended"] == "trained"]
     plan = planned("model=mistral_qlora", "data=healthcare_qa", "trainer.tokens_per_batch=8192", "model.max_length=512", card="h200_141gb")
+    launched = 0
     for row in rows:
         parts, again = row["name"].split()[0], row["name"].split()[-1]
         tokens, count = found["tokens"] // int(parts), int({"true": "32", "false": "0"}.get(again, again))
         way = replace(plan.fit.job.way, compiled=True)
         job = replace(plan.fit.job, way=way, tokens=tokens, targets=round(0.55 * tokens), resident=False, recomputed=count)
+        if "notes" in row and not any("whole micro-steps captured" in note for note in row["notes"]):  # five were kept without notes
+            job, launched = replace(job, capturable=False), launched + 1
         sizes = replace(plan.sizes, rows=1, mean=float(tokens))
         assert rate(job, sizes, CARDS["h200_141gb"]) == pytest.approx(row["tokens_per_second"], rel=0.1), row["name"]
+    assert len(rows) >= 22 and launched >= 2
 
 
 def test_two_cards_take_half_the_time_of_an_epoch_and_as_much_of_each() -> None:

@@ -33,7 +33,9 @@ SPARE = 0.06  # share of the memory that is left free: fragments, evaluation, li
 SPARE_BYTES = 256 << 20
 PLENTY = 2  # times the plain weights' bytes
 LONG = 0.5  # seconds of a micro-step that need not be captured where the host keeps ahead of the GPU
-AHEAD = 0.05  # of a micro-step's time: so long the GPU works on after all is launched where the host keeps ahead of it
+# Of a micro-step's time: so long at least the GPU works on after all is launched where the host keeps ahead of it. The host is at most
+# some thousand launches ahead.
+AHEAD = 0.05
 WORTH_COMPILING = 60  # micro-steps: compiling takes as long as it saves in about as many
 
 
