@@ -233,7 +233,8 @@ def show(screen: Screen, rows: Sample, found: dict[str, Figures], names: list[st
     for i, head in enumerate(heads):
         table.add_column(head, justify="right" if i else "left")
     for row in certificate.table(["adapter", *names], [found[n] for n in ("adapter", *names)]):
-        text = f"{row[0]}, not written" if row[0] in found and found[row[0]].in_memory else row[0]
+        text = f"merged ({row[0]})" if row[0] in ONTO else row[0]
+        text += ", not written" if found[row[0]].in_memory else ""
         table.add_row(text, *row[1 : len(heads)], style="bold" if row[0] == chosen else None)
     screen.print(table)
 

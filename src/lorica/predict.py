@@ -5,28 +5,23 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorica.config import ConfigError, PredictConfig
+from lorica.answered_parts import Parts, identity_of
+from lorica.config import ConfigError, PredictConfig, TrainerConfig
+from lorica.data.asked_file import Survey, changed, look_ahead, look_through
+from lorica.data.asking import ask_text
 from lorica.durable import DiskFull, sha256
+from lorica.runs import read_task, weights_folder
 from lorica.screen import Screen, duration, quiet_libraries
 from lorica.signals import EXIT_CODE, Interrupted, Stop
 
+if TYPE_CHECKING:
+    from lorica.answers import Answer
+    from lorica.file_answering import Job
+
 SCORED_ROWS, WRITTEN_ROWS = 2048, 512  # of a chunk: where labels are scored, and where texts are written
 LARGE = 1 << 28  # bytes of a file that takes a while to be looked through
-
-quiet_libraries()
-
-from lorica import hardware  # noqa: E402  (after the libraries' noise is off)
-from lorica.answered_parts import Parts, identity_of  # noqa: E402
-from lorica.answering import Predictor  # noqa: E402
-from lorica.answers import Answer  # noqa: E402
-from lorica.config import TrainerConfig  # noqa: E402
-from lorica.data.asked_file import Survey, changed, look_through  # noqa: E402
-from lorica.data.asking import ask_text  # noqa: E402
-from lorica.file_answering import Counted, Job, answer_chunks, share_chunks  # noqa: E402
-from lorica.models.trained import load_trained  # noqa: E402
-from lorica.runs import read_task, weights_folder  # noqa: E402
 
 
 def run(config: PredictConfig) -> int:
@@ -37,12 +32,9 @@ def run(config: PredictConfig) -> int:
             process writes.
     """
     if config.text is not None:
-        machine = _named_here(lambda: hardware.choose(TrainerConfig(accelerator=config.accelerator, devices=1)))
-        trained = load_trained(Path(config.run).expanduser(), machine.device, config.base)
-        predictor = Predictor(trained, config.max_new_tokens, config.target_risk)
-        print(_line(predictor.answer([ask_text(predictor.task, config.text)], config.batch_size)[0]))
+        _answer_text(config, config.text)
         return 0
-    stop = Stop("what is answered is kept after this batch")
+    stop = Stop("stops after this batch; complete chunks are kept")
     stop.listen()
     try:
         return _answer_file(config, Screen(), stop)
@@ -51,6 +43,18 @@ def run(config: PredictConfig) -> int:
         return EXIT_CODE
     finally:
         stop.close()
+
+
+def _answer_text(config: PredictConfig, text: str) -> None:
+    quiet_libraries()
+    from lorica import hardware
+    from lorica.answering import Predictor
+    from lorica.models.trained import load_trained
+
+    machine = _named_here(lambda: hardware.choose(TrainerConfig(accelerator=config.accelerator, devices=1)))
+    trained = load_trained(Path(config.run).expanduser(), machine.device, config.base)
+    predictor = Predictor(trained, config.max_new_tokens, config.target_risk)
+    print(_line(predictor.answer([ask_text(predictor.task, text)], config.batch_size)[0]))
 
 
 def _line(answer: Answer) -> str:
@@ -76,16 +80,23 @@ def _answer_file(config: PredictConfig, screen: Screen, stop: Stop) -> int:
         raise ConfigError("output", target, "its folder does not exist", f"mkdir -p {target.parent}")
     if target.is_dir():
         raise ConfigError("output", target, "is a folder", f"output={target / 'scored.csv'}")
-    kind = _named_here(lambda: hardware.accelerator_kind(config.accelerator))
-    devices = _named_here(lambda: hardware.device_numbers(config.devices, kind))
     run = Path(config.run).expanduser()
     task = read_task(weights_folder(run))
+    look_ahead(source, task, config.text_column)  # before torch is imported, which takes seconds
+    quiet_libraries()
+    from lorica import hardware
+    from lorica.file_answering import Job
+
+    kind = _named_here(lambda: hardware.accelerator_kind(config.accelerator))
+    devices = _named_here(lambda: hardware.device_numbers(config.devices, kind))
     chunk_rows = _chunk_rows(config, task)
     version = _version(source)
     if source.stat().st_size > LARGE:
         screen.print(f"looking through {source} ({source.stat().st_size / 2**30:.1f} GiB)")
     parts = Parts(target, _identity(config, run, task, source, kind, chunk_rows))
     survey = parts.surveyed() or look_through(source, task, config.text_column, chunk_rows, target.suffix.lower())
+    if survey.only is not None and survey.only not in (task.get("text_column"), "text"):
+        screen.note(f"texts are read from the only column, {survey.only}")
     if why := parts.hold(survey):
         screen.note(f"what {parts.folder} had is not gone on with ({why})")
     try:
@@ -99,6 +110,8 @@ def _answer_file(config: PredictConfig, screen: Screen, stop: Stop) -> int:
 
 def _answer_rest(job: Job, version: tuple[int, int], devices: list[int], screen: Screen, stop: Stop) -> int:
     """Answer the chunks that an earlier run did not, and make the output."""
+    from lorica.file_answering import Counted, answer_chunks, share_chunks
+
     survey, parts = job.survey, job.parts
     there = parts.done(len(survey.chunks))
     wanted = [i for i in range(len(survey.chunks)) if i not in there]
@@ -126,7 +139,7 @@ def _answer_rest(job: Job, version: tuple[int, int], devices: list[int], screen:
     except Interrupted as e:
         stop.ignore()
         done = sum(survey.chunks[i][1] for i in parts.done(len(survey.chunks)))
-        screen.print(f"interrupted ({e}), {done:,} of {survey.answerable:,} rows are answered; the same command goes on")
+        screen.print(f"interrupted ({e}), {done:,} of {survey.answerable:,} rows are kept, by whole chunks; the same command goes on")
         return EXIT_CODE
     _say_what_is_done(survey, before, seconds, parts.output, screen)
     return 1 if survey.faults else 0

@@ -84,7 +84,7 @@ def test_the_original_base_is_written_only_where_it_is_the_nearer(
     found = report["candidates"]
     assert report["written"] == nearer and written == ([False] if nearer == "dequantised" else [False, True])
     assert found["original"]["in_memory"] is (nearer == "dequantised") and not found["dequantised"]["in_memory"]
-    assert found["original"]["kl"] > 0 and ("original, not written" in printed) is (nearer == "dequantised")
+    assert found["original"]["kl"] > 0 and ("merged (original), not written" in printed) is (nearer == "dequantised")
     # The base's one file, and each that was written, once; the certified folder is opened without a manifest.
     assert hashed.count("model.safetensors") == 1 + len(written)
 

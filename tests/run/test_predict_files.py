@@ -227,10 +227,11 @@ def test_bad_rows_of_jsonl_stand_in_their_places_and_say_why(ending: str, model:
     assert code == 1 and "3 rows answered" in printed
     assert [bool(r["prediction"]) for r in rows] == [n in (1, 13, 15) for n in range(1, 17) if n != 12]
     bad = [r["error"] for r in rows if not r["prediction"]]
+    assert [r["text"].strip('"') for r in rows if "not UTF-8" in (r.get("error") or "")] == ["\ufffd"]  # JSON in parquet's mixed column
     assert [e.partition(" ")[0] for e in bad] == [f"in.jsonl:{n}" for n in (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 14, 16)]
     for place, why in ((0, "is not JSON"), (1, "is a JSON list"), (2, "is a JSON str"), (3, "has no text"), (6, "has a list as text")):
         assert why in bad[place]
-    assert "not UTF-8" in bad[8] and "not UTF-8" in bad[9] and "is not JSON" in bad[10] and "is not JSON" in bad[11]
+    assert "not UTF-8" in bad[8] and "can't be in UTF-8" in bad[9] and "is not JSON" in bad[10] and "is not JSON" in bad[11]
 
 
 def test_the_only_column_of_a_file_is_its_text_but_not_that_of_a_row(model: Path, tmp_path: Path, lorica: Lorica) -> None:
@@ -319,7 +320,7 @@ def test_a_signal_keeps_what_is_answered_and_exits_with_75(
     with monkeypatch.context() as patch:
         broken_off(patch, 3, lambda: os.kill(os.getpid(), signum))
         code, printed = lorica(*command)
-    assert code == 75 and f"interrupted ({signal.Signals(signum).name}), 12 of 18 rows are answered" in printed
+    assert code == 75 and f"interrupted ({signal.Signals(signum).name}), 12 of 18 rows are kept" in printed
     assert signal.getsignal(signum) is before and not (tmp_path / "in.scored.csv").exists()
     code, printed = lorica(*command)
     assert code == 0 and "goes on after 12 of 18 rows" in printed and len(rows_of(tmp_path / "in.scored.csv")) == 18
@@ -506,6 +507,24 @@ def test_a_header_without_rows_keeps_its_columns(model: Path, tmp_path: Path, lo
     (tmp_path / "none.csv").write_text("id;text\n")
     assert lorica("predict", f"run={model}", f"input={tmp_path / 'none.csv'}", f"output={tmp_path / 'out.csv'}")[0] == 0
     assert (tmp_path / "out.csv").read_text() == "id,text,prediction,probability\n"
+
+
+@pytest.mark.parametrize("wrong", ["text_column=txt", "output=nowhere/out.csv"])
+def test_what_the_first_row_shows_is_refused_before_torch_is_imported(wrong: str, model: Path, tmp_path: Path) -> None:
+    write_csv(tmp_path / "in.csv", 3)
+    typed = [f"run={model}", f"input={tmp_path / 'in.csv'}", wrong]
+    program = f"import sys\nfrom lorica.cli import main\ntry:\n  main('predict', {typed})\nfinally:\n  print('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and wrong in done.stderr and done.stdout == "False\n", done.stderr
+
+
+def test_the_only_column_is_named_where_it_is_none_of_the_runs(model: Path, tmp_path: Path, lorica: Lorica) -> None:
+    """A file without a header line loses a row to it."""
+    for header, said in (("so it was", True), ("text", False)):
+        (tmp_path / "in.csv").write_text(f"{header}\nfine soup\n")
+        code, printed = lorica("predict", f"run={model}", f"input={tmp_path / 'in.csv'}", "accelerator=cpu")
+        assert code == 0 and ("texts are read from the only column, so it was" in printed) == said
 
 
 @pytest.mark.parametrize(("columns", "fix"), [("id,body", "<one of these>"), ("id,texts", "texts")])

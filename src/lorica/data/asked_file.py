@@ -63,6 +63,14 @@ def read_input(path: Path) -> Iterator[Row]:
         raise ConfigError("input" if e.where == "data.path" else e.where, e.value, e.rule, e.fix) from None
 
 
+def look_ahead(path: Path, task: dict[str, Any], column: str | None) -> None:
+    """Refuse, by its first sound row, what `look_through` would."""
+    row = next((row for row in read_input(path) if not row.fault), None)
+    if row is not None:
+        _only_column(path, task, column, row.fields)
+        _refuse_added(path, row.fields)
+
+
 def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_rows: int, ending: str) -> Survey:
     """Read the whole file once: rows in chunks of `chunk_rows`, or fewer that hold CHUNK_LETTERS.
 
@@ -78,9 +86,7 @@ def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_row
         if not checked and not row.fault:
             checked = True
             survey.only = _only_column(path, task, column, row.fields)
-        if not ADDED.isdisjoint(row.fields):
-            name = next(name for name in row.fields if name in ADDED)
-            raise ConfigError("input", path, f"has a column {name}, which the answers would be written over", "rename that column")
+        _refuse_added(path, row.fields)
         if table:
             if kinds:
                 _note_kinds(survey.columns, row.fields)
@@ -100,7 +106,7 @@ def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_row
             rows = sound = letters = 0
     if rows:
         survey.chunks.append((rows, sound))
-    if table and not survey.chunks and path.suffix.lower() == ".csv":
+    if table and not survey.columns and path.suffix.lower() == ".csv":
         survey.columns.update({name: "" for name in csv_header(path) if name not in ADDED})
     return survey
 
@@ -137,6 +143,12 @@ def ask(row: Row, task: dict[str, Any], survey: Survey) -> Example | str:
         return ask_row(task, row.fields, survey.column, row.origin, survey.only)
     except BadRow as e:
         return f"{row.origin} {e}"
+
+
+def _refuse_added(path: Path, fields: dict[str, Any]) -> None:
+    if not ADDED.isdisjoint(fields):
+        name = next(name for name in fields if name in ADDED)
+        raise ConfigError("input", path, f"has a column {name}, which the answers would be written over", "rename that column")
 
 
 def _only_column(path: Path, task: dict[str, Any], column: str | None, fields: dict[str, Any]) -> str | None:

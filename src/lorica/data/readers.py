@@ -104,7 +104,7 @@ def _csv_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
                 header = [c.strip() for c in cells]
                 continue
             if len(cells) != len(header):
-                yield Row(origin, {}, f"has {len(cells)} columns, not {len(header)}")
+                yield Row(origin, dict(zip(header, cells, strict=False)), f"has {len(cells)} columns, not {len(header)}")
                 continue
             whole = "".join(cells)
             yield Row(origin, dict(zip(header, cells, strict=True)), "" if whole.isascii() else _undecodable(whole))
@@ -140,19 +140,22 @@ def _jsonl_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
 
 
 def _json_row(origin: str, raw: bytes) -> Row:
+    fault = ""
     try:
-        value = json.loads(raw.decode("utf-8"))
+        text = raw.decode("utf-8")
     except UnicodeDecodeError:
-        return Row(origin, {}, "has bytes that are not UTF-8")
+        text, fault = raw.decode("utf-8", "replace"), "has bytes that are not UTF-8"
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as e:
-        return Row(origin, {}, f"is not JSON ({e})")
-    return _record(origin, value)
+        return Row(origin, {}, fault or f"is not JSON ({e})")
+    return _record(origin, value, fault)
 
 
-def _record(origin: str, value: Any) -> Row:
+def _record(origin: str, value: Any, fault: str = "") -> Row:
     if not isinstance(value, dict):
-        return Row(origin, {}, f"is a JSON {type(value).__name__}, not an object")
-    return Row(origin, value, _undecodable(*value.values()))
+        return Row(origin, {}, fault or f"is a JSON {type(value).__name__}, not an object")
+    return Row(origin, value, fault or ("has text that can't be in UTF-8" if _undecodable(*value.values()) else ""))
 
 
 def _json_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:

@@ -186,12 +186,9 @@ def _facts(plan: Plan, train: TrainConfig, config: PlanConfig) -> list[tuple[str
         rows.append(("data", told + ("" if lengths.classified else f", {answers:.1%} of the answers")))
     else:
         rows.append(("data", f"not at hand: rows of model.max_length={train.model.max_length} are assumed"))
-    rows.append(
-        (
-            "micro-batch",
-            f"{job.tokens:,} tokens x {train.trainer.accumulate_grad_batches} accumulated, {'end to end' if job.way.flat else 'padded'}",
-        )
-    )
+    divided = f" a part x {plan.size.parts} parts" if plan.size.parts > 1 else ""
+    laid = "end to end" if job.way.flat else "padded"
+    rows.append(("micro-batch", f"{job.tokens:,} tokens{divided} x {train.trainer.accumulate_grad_batches} accumulated, {laid}"))
     if plan.size != parts.asked(train):
         told = parts.told(plan.size, train, card)
         rows.append(("fitted", told if plan.fit.fits else f"at the least: {told.partition(', ')[2]}"))
@@ -207,7 +204,7 @@ def _facts(plan: Plan, train: TrainConfig, config: PlanConfig) -> list[tuple[str
     source = "by rates measured on an H200" if took.measured else "estimated from rates measured on an H200, +-40 %"
     if took.whole is not None and took.joules is not None:
         epoch = f"{duration(took.epoch)} an epoch, " if took.epoch is not None else ""
-        rows.append(("time", f"{epoch}{duration(took.whole)} in all; {took.tokens:,.0f} tokens/s ({source})"))
+        rows.append(("time", f"{epoch}{duration(took.whole)} of training; {took.tokens:,.0f} tokens/s ({source})"))
         kwh = took.joules / 3.6e6
         costs = [f"{kwh:.3g} kWh" if kwh >= 1 else f"{1000 * kwh:.3g} Wh"]
         if config.price_per_kwh is not None:
