@@ -103,7 +103,7 @@ def test_predict_answers_every_row_of_a_file_in_order(run: Path, tmp_path: Path,
     assert code == 1 and "3 rows answered" in printed and "in.csv:3" in printed
     with out.open(newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
-    assert [r["id"] for r in rows] == ["1", "2", "3", "4", "", "6"]
+    assert [r["id"] for r in rows] == ["1", "2", "3", "4", "5", "6"]
     assert [bool(r["prediction"]) for r in rows] == [True, False, True, False, False, True]
     assert all(r["error"] for r in rows if not r["prediction"])
     single = lorica("predict", f"run={run}", "text=Shares fell")[1]

@@ -192,7 +192,9 @@ def _facts(plan: Plan, train: TrainConfig, config: PlanConfig) -> list[tuple[str
     if plan.size != parts.asked(train):
         told = parts.told(plan.size, train, card)
         rows.append(("fitted", told if plan.fit.fits else f"at the least: {told.partition(', ')[2]}"))
-    rows.append(("layers", memory.layers_line(job)))
+    asked = train.trainer.precision
+    precision = "16-mixed, as this card has no bf16" if asked in ("auto", "bf16-mixed") and not card.bf16 else asked
+    rows.append(("layers", f"{memory.layers_line(job)}; precision {'bf16-mixed' if precision == 'auto' else precision}"))
     count = f"{cards_used(train)} x " if cards_used(train) > 1 else ""
     rows.append(
         (
