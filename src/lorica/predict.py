@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lorica.answered_parts import Parts, identity_of
 from lorica.config import ConfigError, PredictConfig, TrainerConfig
 from lorica.data.asked_file import Survey, changed, look_ahead, look_through
-from lorica.data.asking import ask_text
+from lorica.data.asking import ask_text, known_column
 from lorica.durable import DiskFull, sha256
 from lorica.runs import read_task, weights_folder
 from lorica.screen import Screen, duration, quiet_libraries
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SCORED_ROWS, WRITTEN_ROWS = 2048, 512  # of a chunk: where labels are scored, and where texts are written
 LARGE = 1 << 28  # bytes of a file that takes a while to be looked through
+
+quiet_libraries()
 
 
 def run(config: PredictConfig) -> int:
@@ -46,7 +48,6 @@ def run(config: PredictConfig) -> int:
 
 
 def _answer_text(config: PredictConfig, text: str) -> None:
-    quiet_libraries()
     from lorica import hardware
     from lorica.answering import Predictor
     from lorica.models.trained import load_trained
@@ -83,7 +84,6 @@ def _answer_file(config: PredictConfig, screen: Screen, stop: Stop) -> int:
     run = Path(config.run).expanduser()
     task = read_task(weights_folder(run))
     look_ahead(source, task, config.text_column)  # before torch is imported, which takes seconds
-    quiet_libraries()
     from lorica import hardware
     from lorica.file_answering import Job
 
@@ -95,7 +95,7 @@ def _answer_file(config: PredictConfig, screen: Screen, stop: Stop) -> int:
         screen.print(f"looking through {source} ({source.stat().st_size / 2**30:.1f} GiB)")
     parts = Parts(target, _identity(config, run, task, source, kind, chunk_rows))
     survey = parts.surveyed() or look_through(source, task, config.text_column, chunk_rows, target.suffix.lower())
-    if survey.only is not None and survey.only not in (task.get("text_column"), "text"):
+    if survey.only is not None and known_column(task, {survey.only}) is None:
         screen.note(f"texts are read from the only column, {survey.only}")
     if why := parts.hold(survey):
         screen.note(f"what {parts.folder} had is not gone on with ({why})")

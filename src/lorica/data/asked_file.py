@@ -63,12 +63,17 @@ def read_input(path: Path) -> Iterator[Row]:
         raise ConfigError("input" if e.where == "data.path" else e.where, e.value, e.rule, e.fix) from None
 
 
-def look_ahead(path: Path, task: dict[str, Any], column: str | None) -> None:
-    """Refuse, by its first sound row, what `look_through` would."""
+def look_ahead(path: Path, task: dict[str, Any], column: str | None) -> str | None:
+    """`Survey.only`, by the file's first sound row.
+
+    Raises:
+        ConfigError: it has columns with the names of ours, or no text column.
+    """
     row = next((row for row in read_input(path) if not row.fault), None)
-    if row is not None:
-        _only_column(path, task, column, row.fields)
-        _refuse_added(path, row.fields)
+    if row is None:
+        return None
+    _refuse_added(path, row.fields)
+    return _only_column(path, task, column, row.fields)
 
 
 def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_rows: int, ending: str) -> Survey:
@@ -79,13 +84,10 @@ def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_row
     Raises:
         ConfigError: columns with the names of ours, no text column, too many columns for a table, a file that can't be read.
     """
-    survey, checked = Survey(column=column), False
+    survey = Survey(column=column, only=look_ahead(path, task, column))
     table, kinds = ending != ".jsonl", ending == ".parquet"
     rows = sound = letters = 0
     for row in read_input(path):
-        if not checked and not row.fault:
-            checked = True
-            survey.only = _only_column(path, task, column, row.fields)
         _refuse_added(path, row.fields)
         if table:
             if kinds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +57,7 @@ def ask_row(task: dict[str, Any], fields: dict[str, Any], column: str | None, or
         if not (prompt := _text_of(fields, task["prompt_column"])):
             raise BadRow(f"has no {task['prompt_column']}")
         return Example(origin, prompt=fill_instruction(task["prompt_template"], task["prompt_template_with_input"], prompt, given))
-    name = column or _known_column(task, fields) or only or str(task.get("text_column") or "text")
+    name = column or known_column(task, fields) or only or str(task.get("text_column") or "text")
     if not (text := _text_of(fields, name)):
         raise BadRow(f"has no {name}")
     return ask_text(task, text, origin)
@@ -97,10 +98,11 @@ def _text_of(fields: dict[str, Any], name: str) -> str:
 def text_column(task: dict[str, Any], fields: dict[str, Any]) -> str:
     """The column with a file's texts, by a row that is sound: the training data's, else `text`, else the only one."""
     only = next(iter(fields)) if len(fields) == 1 else None
-    return _known_column(task, fields) or only or str(task.get("text_column") or "text")
+    return known_column(task, fields) or only or str(task.get("text_column") or "text")
 
 
-def _known_column(task: dict[str, Any], fields: dict[str, Any]) -> str | None:
+def known_column(task: dict[str, Any], fields: Collection[str]) -> str | None:
+    """The column that is read by its name: the training data's, or `text`."""
     for name in (task.get("text_column"), task.get("input_column"), task.get("prompt_column"), "text"):
         if name and name in fields:
             return str(name)

@@ -119,12 +119,6 @@ class ClassifierEncoder:
         return chunk, backend.encode_batch_fast([e.text for e in chunk])
 
 
-def _call(tokenizer: Any, texts: Sequence[str], **settings: Any) -> tuple[list[list[int]], list[Any]]:
-    """(token ids, `tokenizers.Encoding`) of every text. Offsets are asked of the Encoding, one by one: lists of them are slow."""
-    batch = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, **settings)
-    return batch["input_ids"], batch.encodings
-
-
 def _all(pieces: Iterator[list[R]], progress: Progress = silent) -> list[R]:
     """The rows of all pieces."""
     rows: list[R] = []
@@ -255,7 +249,10 @@ class CausalEncoder:
     # ------------------------------------------------------------------------------------------------------- encoding
 
     def _tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], list[Any]]:
-        ids, encodings = _call(self.tokenizer, texts, add_special_tokens=not self.chat)
+        """(token ids, `tokenizers.Encoding`) of every text. Offsets are asked of the Encoding, one by one: lists of them are slow."""
+        batch = self.tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, add_special_tokens=not self.chat)
+        ids: list[list[int]] = batch["input_ids"]
+        encodings: list[Any] = batch.encodings
         if not self.chat:
             # Some tokenizers end every text with eos; ours is added where an answer ends.
             for row, encoding in zip(ids, encodings, strict=True):

@@ -22,6 +22,7 @@ SPLIT_NAMES = {
     "test": ("test", "testing"),
 }
 PUBLISHED_KINDS = ("csv", "json", "parquet", "arrow", "text")  # of files that a data set on the hub may be made of
+NOT_UTF8 = "has bytes that are not UTF-8"
 SAMPLES = Path(__file__).parent / "samples"
 # A parquet file may unpack to so many bytes: real text packs to a tenth, a few kilobytes that say one thing a billion times don't.
 MOST_UNPACKED, SMALLEST_UNPACKED = 200, 1 << 26
@@ -107,7 +108,7 @@ def _csv_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
                 yield Row(origin, dict(zip(header, cells, strict=False)), f"has {len(cells)} columns, not {len(header)}")
                 continue
             whole = "".join(cells)
-            yield Row(origin, dict(zip(header, cells, strict=True)), "" if whole.isascii() else _undecodable(whole))
+            yield Row(origin, dict(zip(header, cells, strict=True)), "" if whole.isascii() or _encodable(whole) else NOT_UTF8)
 
 
 def _delimiter(header: str) -> str:
@@ -115,8 +116,8 @@ def _delimiter(header: str) -> str:
     return next((mark for mark in ",;\t" if mark in header), ",")
 
 
-def _undecodable(*values: Any) -> str:
-    """Why texts, also those inside lists and objects, can't be read, or ""."""
+def _encodable(*values: Any) -> bool:
+    """Whether all texts, also those inside lists and objects, can be in UTF-8."""
     waiting = list(values)
     while waiting:
         value = waiting.pop()
@@ -128,8 +129,8 @@ def _undecodable(*values: Any) -> str:
             try:
                 value.encode("utf-8")
             except UnicodeEncodeError:
-                return "has bytes that are not UTF-8"
-    return ""
+                return False
+    return True
 
 
 def _jsonl_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
@@ -144,7 +145,7 @@ def _json_row(origin: str, raw: bytes) -> Row:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
-        text, fault = raw.decode("utf-8", "replace"), "has bytes that are not UTF-8"
+        text, fault = raw.decode("utf-8", "replace"), NOT_UTF8
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -155,7 +156,7 @@ def _json_row(origin: str, raw: bytes) -> Row:
 def _record(origin: str, value: Any, fault: str = "") -> Row:
     if not isinstance(value, dict):
         return Row(origin, {}, fault or f"is a JSON {type(value).__name__}, not an object")
-    return Row(origin, value, fault or ("has text that can't be in UTF-8" if _undecodable(*value.values()) else ""))
+    return Row(origin, value, fault or ("" if _encodable(*value.values()) else "has text that can't be in UTF-8"))
 
 
 def _json_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
@@ -190,7 +191,7 @@ def _parquet_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
             for record in _records(batch):
                 number += 1
                 origin = f"{path.name}#{number}"
-                yield Row(origin, {}, "has bytes that are not UTF-8") if record is None else _record(origin, record)
+                yield Row(origin, {}, NOT_UTF8) if record is None else _record(origin, record)
     except (pyarrow.ArrowException, ValueError, OverflowError) as e:  # Arrow's own, and Python's of a date that can't be
         raise ConfigError("data.path", path, f"is not a parquet file that can be read ({(str(e).splitlines() or [''])[0]})") from None
 

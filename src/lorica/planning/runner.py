@@ -192,9 +192,10 @@ def _facts(plan: Plan, train: TrainConfig, config: PlanConfig) -> list[tuple[str
     if plan.size != parts.asked(train):
         told = parts.told(plan.size, train, card)
         rows.append(("fitted", told if plan.fit.fits else f"at the least: {told.partition(', ')[2]}"))
-    asked = train.trainer.precision
-    precision = "16-mixed, as this card has no bf16" if asked in ("auto", "bf16-mixed") and not card.bf16 else asked
-    rows.append(("layers", f"{memory.layers_line(job)}; precision {'bf16-mixed' if precision == 'auto' else precision}"))
+    precision = train.trainer.precision
+    if precision in ("auto", "bf16-mixed"):
+        precision = "bf16-mixed" if card.bf16 else "16-mixed, as this card has no bf16"
+    rows.append(("layers", f"{memory.layers_line(job)}; precision {precision}"))
     count = f"{cards_used(train)} x " if cards_used(train) > 1 else ""
     rows.append(
         (
