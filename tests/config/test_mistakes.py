@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -409,7 +410,7 @@ def command_line(mistake: Mistake) -> list[str]:
 def test_each_mistake_takes_less_than_a_second(workspace: Path) -> None:
     slow = {}
     for name, mistake in MISTAKES.items():
-        done, seconds = timed(command_line(mistake), workspace, 1.0, tries=2)
+        done, seconds = timed(command_line(mistake), workspace, 1.0, tries=4)
         refused(mistake, done.stderr, done.stdout, done.returncode)
         if seconds >= 1.0:
             slow[name] = seconds
@@ -420,9 +421,14 @@ def test_each_mistake_takes_less_than_a_second(workspace: Path) -> None:
 @pytest.mark.alone
 @pytest.mark.parametrize("args", [["--help"], ["--cfg", "job"]], ids=["help", "cfg"])
 def test_help_and_configuration_take_less_than_six_tenths_of_a_second(args: list[str], workspace: Path) -> None:
-    """Or, where the machine is slow at the moment, less than 2.4 times what reading Hydra and OmegaConf takes, half of it all."""
-    done, seconds = timed([sys.executable, str(ROOT / "train.py"), *args], workspace, 0.6, tries=8)
+    """Or, where the machine is slow at the moment, less than 2.4 times what reading Hydra and OmegaConf takes, half of it all.
+
+    The two are timed in turn and the middle of the ratios counts: a machine slows down and recovers between any two processes.
+    """
+    command = [sys.executable, str(ROOT / "train.py"), *args]
+    done, seconds = timed(command, workspace, 0.6, tries=8)
     assert done.returncode == 0 and "trainer:" in done.stdout
     if seconds >= 0.6:
-        _, libraries = timed([sys.executable, "-c", "import hydra, omegaconf"], workspace, 0.0, tries=8)
-        assert seconds < 2.4 * libraries
+        libraries = [sys.executable, "-c", "import hydra, omegaconf"]
+        ratios = [timed(command, workspace, 0.0, tries=1)[1] / timed(libraries, workspace, 0.0, tries=1)[1] for _ in range(9)]
+        assert statistics.median(ratios) < 2.4
