@@ -176,22 +176,13 @@ def _split(args: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _screen(verb: str, what: str, overrides: list[str], config_dir: str | None) -> str:
-    """`--cfg job`: what would run. `--help`: the groups, the flags and every key with its value now."""
-    from omegaconf import OmegaConf
-
-    from lorica.runs import to_yaml
-
+    """`--cfg job`: what would run. `--help`: what can be set."""
     if what == "job":
+        from lorica.runs import to_yaml
+
         return redact(to_yaml(compose(verb, overrides, config_dir))).rstrip()
-    config = redact(OmegaConf.to_yaml(compose_tree(verb, overrides, config_dir)))
-    groups = (
-        "".join(f"  {group}: {', '.join(options)}\n" for group, options in group_options(config_dir).items()) if verb == "train" else ""
-    )
-    return (
-        (f"usage: lorica {verb} [group=option ...] [key=value ...] [-m]" if groups else f"usage: lorica {verb} key=value ...")
-        + (" [--json]" if verb in WITH_JSON else "")
-        + " [--cfg job] [--config-dir DIR] [-sc install=bash]\n\n"
-        + (f"groups\n{groups}\n" if groups else "")
-        + ("every group and key of train too: lorica train --help\n\n" if verb in WITH_TRAINS else "")
-        + f"keys and their values now (docs/configuration.md says what each means)\n{config}"
-    ).rstrip()
+    from lorica.help_screen import help_screen
+
+    groups = group_options(config_dir) if verb == "train" else {}
+    tree = compose_tree(verb, overrides, config_dir)
+    return help_screen(verb, tree, groups, as_json=verb in WITH_JSON, of_train=verb in WITH_TRAINS)

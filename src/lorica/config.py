@@ -6,6 +6,7 @@ is generated from this file. Rules that span several keys stand in `checks.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
@@ -55,6 +56,13 @@ def key(
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def limits(metadata: Mapping[str, Any]) -> str:
+    """Unit and range of a field, in words: `tokens, at least 8`."""
+    unit, low, high, above = (metadata.get(k) for k in ("unit", "low", "high", "above"))
+    parts = [unit, f"at least {low:.12g}" if low is not None else "", f"above {above:.12g}" if above is not None else ""]
+    return ", ".join(filter(None, [*parts, f"at most {high:.12g}" if high is not None else ""]))
 
 
 # ---------------------------------------------------------------------------------------------------------------- model

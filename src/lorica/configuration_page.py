@@ -7,15 +7,15 @@ import json
 import re
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Set
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import yaml
 
-from lorica.config import DATA_SCHEMAS, LOGGER_SCHEMAS, VERBS, DataConfig, LoggerConfig
-from lorica.options import conf_dir
+from lorica.config import DATA_SCHEMAS, LOGGER_SCHEMAS, VERBS, DataConfig, LoggerConfig, limits
+from lorica.options import conf_dir, fields_of
 
 HOW_TO = """# Configuration
 
@@ -31,7 +31,7 @@ python train.py data=sentiment 'data.prompt_template="Rate: {text}"'    # a text
 python train.py experiment=chatdoctor                        # a recipe: groups and values together
 python train.py experiment=chatdoctor --cfg job              # show what would run, and stop
 python train.py -m model=minilm_lora,minilm_full model.lora.r=4,8       # a grid: every combination
-python train.py --help                                       # groups, flags, keys and their values
+python train.py --help                                       # groups, flags, keys with their values and meanings
 python predict.py run=outputs/latest text="Late goal wins the cup, 3-2"
 ```
 
@@ -127,7 +127,7 @@ def _section(schema: type, title: str, prefix: str, level: int, about: str = "")
     shipped = yaml.safe_load(_read("trainer/default.yaml")) if title == "trainer" else {}
     yield f"{'#' * level} {title}\n\n{_prose(schema.__doc__ or '')}{about}\n"
     yield from _table(schema, prefix, shipped)
-    for f, inner in _fields(schema):
+    for f, inner in fields_of(schema):
         if inner is not None:
             name = f"{prefix}{f.name}"
             meaning = f.metadata.get("meaning")
@@ -145,23 +145,15 @@ def _own_keys(schemas: dict[str, type], base: type, group: str, level: int) -> I
         yield from _table(schema, f"{group}.", {}, {f.name for f in dataclasses.fields(base)})
 
 
-def _fields(schema: type) -> Iterator[tuple[dataclasses.Field[Any], type | None]]:
-    """Each field, with the dataclass that it holds or None."""
-    hints = typing.get_type_hints(schema)
-    for f in dataclasses.fields(schema):
-        inner = [t for t in (hints[f.name], *typing.get_args(hints[f.name])) if dataclasses.is_dataclass(t)]
-        yield f, typing.cast("type | None", inner[0] if inner else None)
-
-
 def _table(schema: type, prefix: str, shipped: dict[str, Any], without: Set[str] = frozenset()) -> Iterator[str]:
     """The leaves of a dataclass. shipped: values that the default option's YAML gives. without: names to leave out."""
     hints = typing.get_type_hints(schema)
-    leaves = [f for f, inner in _fields(schema) if inner is None and f.name not in without]
+    leaves = [f for f, inner in fields_of(schema) if inner is None and f.name not in without]
     if leaves:
         yield "| key | type | unit, range | default | meaning |\n|---|---|---|---|---|"
     for f in leaves:
         default = _default(f, prefix) + (f" (`{prefix}{f.name}: {shipped[f.name]}` in conf/)" if f.name in shipped else "")
-        cells = (f"`{prefix}{f.name}`", _type(f, hints[f.name]), _range(f.metadata), default, _prose(f.metadata.get("meaning", "")))
+        cells = (f"`{prefix}{f.name}`", _type(f, hints[f.name]), limits(f.metadata), default, _prose(f.metadata.get("meaning", "")))
         yield f"| {' | '.join(cells)} |"
     yield ""
 
@@ -176,12 +168,6 @@ def _type(f: dataclasses.Field[Any], hint: Any) -> str:
     else:
         name = f"list of {TYPES[typing.get_args(kind)[0]]}" if typing.get_origin(kind) is list else TYPES[kind]
     return name + (" or null" if null else "")
-
-
-def _range(metadata: Mapping[str, Any]) -> str:
-    unit, low, high, above = (metadata.get(k) for k in ("unit", "low", "high", "above"))
-    parts = [unit, f"at least {low:.12g}" if low is not None else "", f"above {above:.12g}" if above is not None else ""]
-    return ", ".join(filter(None, [*parts, f"at most {high:.12g}" if high is not None else ""]))
 
 
 def _default(f: dataclasses.Field[Any], prefix: str) -> str:

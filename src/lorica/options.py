@@ -6,8 +6,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from lorica.config import DATA_SCHEMAS, ConfigError, DataConfig
 
@@ -62,11 +64,14 @@ def group_options(config_dir: str | None = None) -> dict[str, list[str]]:
 def schema_keys(schema: type, prefix: str = "") -> dict[str, type]:
     """Every dotted leaf under a dataclass, optional sub-dataclasses included, with the type that holds it."""
     keys: dict[str, type] = {}
+    for f, inner in fields_of(schema):
+        keys |= schema_keys(inner, f"{prefix}{f.name}.") if inner is not None else {f"{prefix}{f.name}": schema}
+    return keys
+
+
+def fields_of(schema: type) -> Iterator[tuple[dataclasses.Field[Any], type | None]]:
+    """Each field of a dataclass, with the dataclass that it holds or None."""
     hints = typing.get_type_hints(schema)
     for f in dataclasses.fields(schema):
         inner = [t for t in (hints[f.name], *typing.get_args(hints[f.name])) if dataclasses.is_dataclass(t)]
-        if inner:
-            keys.update(schema_keys(typing.cast(type, inner[0]), f"{prefix}{f.name}."))
-        else:
-            keys[f"{prefix}{f.name}"] = schema
-    return keys
+        yield f, typing.cast("type | None", inner[0] if inner else None)

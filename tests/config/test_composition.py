@@ -20,7 +20,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lorica import cli, composition, options
+from lorica import cli, composition, help_screen, options
 from lorica.checks import check
 from lorica.config import ConfigError, NotApplicable, TrainConfig, TrainerConfig, fill_recommended
 from lorica.runs import to_yaml
@@ -515,7 +515,7 @@ def test_what_the_page_says_of_precedence() -> None:
     assert compose("debug=fast", "logger=wandb").logger.name == "wandb"
 
 
-def test_help_names_every_group_option_and_key(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_group_option_and_key_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     for verb in composition.VERBS:
         with pytest.raises(SystemExit) as end:
             cli.main(verb, ["--help"])
@@ -523,9 +523,39 @@ def test_help_names_every_group_option_and_key(capsys: pytest.CaptureFixture[str
         shown = capsys.readouterr().out
         for key in options.schema_keys(composition.VERBS[verb]):
             if not key.startswith(("model.quantization.", "data.", "logger.")):
-                assert f"{key.rpartition('.')[2]}:" in shown
+                line = next(line for line in shown.splitlines() if line.startswith(f"  {key}="))
+                assert f"  {meanings(composition.VERBS[verb])[key]}" in line
         for group, names in OPTIONS.items() if verb == "train" else ():
             assert f"{group}: {', '.join(names)}" in shown
+
+
+def meanings(schema: type, prefix: str = "") -> dict[str, str]:
+    """What the schema says of each key."""
+    found = {}
+    for f, inner in options.fields_of(schema):
+        found |= meanings(inner, f"{prefix}{f.name}.") if inner else {f"{prefix}{f.name}": f.metadata["meaning"]}
+    return found
+
+
+def test_help_shows_keys_as_they_are_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main("train", ["--help", "data=sentiment", "model.lora.r=4", "data.labels=[bad,good]", "model.quantization=null"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "  model.lora.r=4                                rank of the update; at least 1" in lines
+    assert any(line.startswith("  data.labels=[bad,good]  ") for line in lines)
+    shown = [line.split()[0] for line in lines if line.startswith(("  model.", "  trainer.", "  optimizer."))]
+    assert dataclasses.asdict(compose("data=sentiment", *shown, "data.labels=[bad,good]")) == dataclasses.asdict(
+        compose("data=sentiment", "model.lora.r=4", "data.labels=[bad,good]")
+    )
+
+
+def test_help_on_a_terminal_breaks_lines_at_words() -> None:
+    keys = [("model.lora.r=8", "rank " * 40), ("data.license=" + "long " * 12, "of the rows")]
+    for width in (60, 100, 160):
+        lines = list(help_screen.laid_out(iter(keys), width))
+        assert all(len(part) <= width for part in "\n".join(lines).splitlines() if "license" not in part)
+        assert "\n".join(lines).split() == " ".join(f"{key} {meaning}" for key, meaning in keys).split()
+    assert len("\n".join(help_screen.laid_out(iter(keys), None)).splitlines()) == 2
 
 
 def test_the_program_without_a_verb_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
