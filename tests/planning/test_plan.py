@@ -34,6 +34,8 @@ def test_a_run_that_fits(lorica: Lorica) -> None:
     assert code == 0
     for said in ("load", "train", "evaluate", "save", "merge", "predict", "quantisation state", "fits: peak", "an epoch", "Wh"):
         assert said in printed
+    assert "lorica merge takes 13.72 GiB, more than this card has" in printed and "lorica predict takes" not in printed
+    assert "lorica merge takes" not in lorica("plan", "model=mistral_qlora", "data=sentiment", "gpu=l4_24gb")[1]
 
 
 def test_a_run_that_does_not_fit_is_told_what_to_change(lorica: Lorica) -> None:

@@ -159,6 +159,8 @@ def _show(plan: Plan, train: TrainConfig, config: PlanConfig, found: list[Propos
     needed = f"peak {plan.fit.most / GIB:.2f} GiB ({plan.fit.phase}, with {memory.PIECES:.0%} for pieces)"
     screen.print(f"{'fits' if plan.fit.fits else 'does NOT fit'}: {needed}, {card.usable / GIB:.2f} GiB usable on {card.name}")
     if found is None:
+        for verb, size in _later(plan):
+            screen.print(f"lorica {verb} takes {size / GIB:.2f} GiB, more than this card has: with accelerator=cpu it runs in host memory")
         return
     if not found:
         screen.print("nothing that Lorica can change makes it fit: a smaller model.base, or a larger card")
@@ -170,6 +172,12 @@ def _show(plan: Plan, train: TrainConfig, config: PlanConfig, found: list[Propos
         seconds = proposal.plan.pace.epoch
         slow = f", {duration(seconds)} an epoch" if seconds is not None else ""
         screen.print(f"    then {proposal.plan.fit.peak / GIB:.2f} GiB{slow}")
+
+
+def _later(plan: Plan) -> list[tuple[str, float]]:
+    """The verbs that answer with what was trained and take more bytes than the card has, each with its bytes."""
+    sizes = {name: memory.total(found) for name, found in by_phase(plan).items() if name in ("merge", "predict")}
+    return [(name, size) for name, size in sizes.items() if size > plan.card.usable]
 
 
 def _facts(plan: Plan, train: TrainConfig, config: PlanConfig) -> list[tuple[str, str]]:
