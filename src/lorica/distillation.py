@@ -27,6 +27,7 @@ from lorica.data.examples import Example
 from lorica.data.module import LoricaDataModule
 from lorica.file_answering import Counted
 from lorica.models.trained import load_trained, open_trained
+from lorica.runs import unfinished
 from lorica.screen import Screen, duration
 
 KEY = "distillation.teacher"
@@ -97,7 +98,7 @@ def find(settings: DistillationConfig, labels: Sequence[str]) -> Teacher:
     """
     assert settings.teacher is not None
     path = Path(settings.teacher).expanduser()
-    if (path / "config.yaml").is_file() and not (path / "metrics.json").is_file():
+    if unfinished(path):
         raise ConfigError(KEY, path, "is a run that is not finished", f"python train.py resume={path}")
     try:
         opened = open_trained(path)

@@ -16,7 +16,7 @@ from typing import Any
 
 from lorica.config import ConfigError, MergeConfig, TrainerConfig
 from lorica.durable import Sums, check_room, replaced_folder, write_json
-from lorica.runs import read_task
+from lorica.runs import read_task, unfinished
 from lorica.screen import Screen, quiet_libraries
 
 quiet_libraries()
@@ -70,6 +70,8 @@ def run(config: MergeConfig) -> int:
     opened = open_trained(source, config.base)
     if not opened.is_adapter:
         raise ConfigError("run", config.run, "is a whole model already; there is nothing to merge", "use it as it is")
+    if why := unfinished(source):
+        screen.note(why)
     names = candidates(config, opened)
     dtype = opened.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     device = hardware.choose(TrainerConfig(accelerator=config.accelerator, devices=1)).device

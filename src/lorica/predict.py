@@ -12,7 +12,7 @@ from lorica.config import ConfigError, PredictConfig, TrainerConfig
 from lorica.data.asked_file import Survey, changed, look_ahead, look_through
 from lorica.data.asking import ask_text, known_column
 from lorica.durable import DiskFull, sha256
-from lorica.runs import read_task, weights_folder
+from lorica.runs import read_task, unfinished, weights_folder
 from lorica.screen import Screen, duration, quiet_libraries
 from lorica.signals import EXIT_CODE, Interrupted, Stop
 
@@ -53,7 +53,10 @@ def _answer_text(config: PredictConfig, text: str) -> None:
     from lorica.models.trained import load_trained
 
     machine = _named_here(lambda: hardware.choose(TrainerConfig(accelerator=config.accelerator, devices=1)))
-    trained = load_trained(Path(config.run).expanduser(), machine.device, config.base)
+    run = Path(config.run).expanduser()
+    trained = load_trained(run, machine.device, config.base)
+    if why := unfinished(run):
+        print(f"lorica: note: {why}", file=sys.stderr)  # what is answered stands alone on the standard output
     predictor = Predictor(trained, config.max_new_tokens, config.target_risk)
     print(_line(predictor.answer([ask_text(predictor.task, text)], config.batch_size)[0]))
 
@@ -84,6 +87,8 @@ def _answer_file(config: PredictConfig, screen: Screen, stop: Stop) -> int:
     run = Path(config.run).expanduser()
     task = read_task(weights_folder(run))
     look_ahead(source, task, config.text_column)  # before torch is imported, which takes seconds
+    if why := unfinished(run):
+        screen.note(why)
     from lorica import hardware
     from lorica.file_answering import Job
 

@@ -206,6 +206,13 @@ def weights_folder(run: Path) -> Path:
     )
 
 
+def unfinished(run: Path) -> str | None:
+    """What is said to who asks a run that is not finished; None for a finished run, an adapter or a merged model."""
+    if not (run / "config.yaml").is_file() or (run / "metrics.json").is_file():
+        return None
+    return f"the run is not finished: these are its best weights so far (python train.py resume={run} goes on with it)"
+
+
 def read_task(folder: Path) -> dict[str, Any]:
     """lorica.json beside the weights, or {} where another tool wrote them."""
     file = folder / TASK_FILE

@@ -58,6 +58,20 @@ def test_the_nearest_of_all_candidates_is_written(run: Path, tmp_path: Path, lor
     assert all(sha256(tmp_path / "merged" / name) == digest for name, digest in manifest.items()) and "model.safetensors" in manifest
 
 
+def test_of_a_run_that_is_not_finished_the_weights_are_said_to_be_the_best_so_far(run: Path, tmp_path: Path, lorica: Lorica) -> None:
+    stopped, file = tmp_path / "stopped", tmp_path / "asked.csv"
+    shutil.copytree(run, stopped, ignore=shutil.ignore_patterns("metrics.json", "merged"))
+    file.write_text("text\nlate again\n", "utf-8")
+    for verb, *more in (
+        ("predict", "text=late again"),
+        ("predict", f"input={file}"),
+        ("merge", "certify_rows=0", f"output={tmp_path / 'merged'}"),
+    ):
+        code, printed = lorica(verb, f"run={stopped}", *more, "accelerator=cpu")
+        assert code == 0 and "note: the run is not finished: these are its best weights so far" in printed, printed
+    assert "not finished" not in lorica("predict", f"run={run}", "text=late again", "accelerator=cpu")[1]
+
+
 @pytest.mark.parametrize("nearer", ["dequantised", "original"])
 def test_the_original_base_is_written_only_where_it_is_the_nearer(
     nearer: str, run: Path, tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch

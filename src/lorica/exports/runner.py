@@ -26,7 +26,7 @@ from lorica.exports import formats
 from lorica.exports.formats import REPORT, Format, check_intact
 from lorica.exports.ladder import Rung, cells, compare, heads, markdown
 from lorica.exports.questions import Questions
-from lorica.runs import Held
+from lorica.runs import Held, unfinished
 from lorica.screen import Screen, quiet_libraries
 
 quiet_libraries()
@@ -77,6 +77,8 @@ def run(config: ExportConfig) -> int:
     screen = Screen()
     run_folder = Path(config.run).expanduser().resolve()  # outputs/latest may point elsewhere by the time of writing
     opened = open_trained(run_folder, config.base)
+    if why := unfinished(run_folder):
+        screen.note(why)
     wanted = [(name, variant) for name in export_formats(config) for variant in getattr(config, name)]
     for name in export_formats(config):
         _check_task(name, formats.find(name), opened)
