@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorica.config import WandbLoggerConfig
+from lorica.config import DataConfig, WandbLoggerConfig
+from lorica.data.registry import build_rows
 from lorica.durable import write_json
 from lorica.screen import Screen
 from lorica.secrets import redact
@@ -49,7 +50,17 @@ def digest(parts: Sequence[str]) -> str:
 def run_missing(
     screen: Screen, cells: Sequence[Cell], folder: Path, group: str, compose: Callable[[list[str]], Any], config_dir: str | None
 ) -> int:
-    """Run the cells that are not done, each in a folder of its own in `folder`; 0, or the exit code of one that was interrupted."""
+    """Run the cells that are not done, each in a folder of its own in `folder`; 0, or the exit code of one that was interrupted.
+
+    Raises:
+        ConfigError: rows of one can't be used, as far as that is seen at once; nothing has run then.
+    """
+    looked_at: list[DataConfig] = []
+    for cell in cells:
+        data = compose(list(cell.overrides)).data
+        if data not in looked_at:
+            build_rows(data).look_ahead()
+            looked_at.append(data)
     for number, cell in enumerate(cells, 1):
         run_dir = folder / cell.name
         if (run_dir / "metrics.json").is_file():

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from lorica.checks import nearest, sibling
 from lorica.composition import complete, compose, compose_tree
-from lorica.config import VERBS, CompareConfig, ConfigError, DoctorConfig, PlanConfig
+from lorica.config import VERBS, CompareConfig, ConfigError, DoctorConfig, PlanConfig, TrainConfig
 from lorica.options import group_options, register_plugins
 from lorica.secrets import redact
 
@@ -102,6 +102,8 @@ def run(verb: str, args: list[str]) -> int:
         from lorica.planning.runner import run as plan
 
         return plan(config, compose("train", for_train, flags["config_dir"]), flags["json"])
+    if isinstance(config, TrainConfig):
+        _look_ahead(config)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     runner = "lorica.resume_drill" if getattr(config, "drill", None) == "resume" else RUNNERS[verb]
     code: int = importlib.import_module(runner).run(config)
@@ -173,6 +175,16 @@ def _split(args: list[str]) -> tuple[list[str], dict[str, Any]]:
         else:
             overrides.append(arg)
     return overrides, flags
+
+
+def _look_ahead(config: TrainConfig) -> None:
+    """Refuse what files show before torch is imported, which takes seconds."""
+    from lorica.data.registry import build_rows
+    from lorica.runs import refuse_finished
+
+    if config.run_dir is not None and config.resume is None:
+        refuse_finished(Path(config.run_dir))
+    build_rows(config.data, config.seed).look_ahead()
 
 
 def _screen(verb: str, what: str, overrides: list[str], config_dir: str | None) -> str:

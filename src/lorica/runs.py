@@ -61,8 +61,7 @@ def begin(config: TrainConfig, argv: list[str]) -> Beginning:
         notes.append("resume=auto: there is no unfinished run with an intact state; this one is fresh")
     family = _family(config)
     folder = Path(config.run_dir) if config.run_dir is not None else family / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    if (folder / "metrics.json").exists():
-        raise ConfigError("run_dir", folder, "holds a finished run", "another run_dir, or none for a new one by time")
+    refuse_finished(folder)
     existed = folder.exists()
     try:
         folder = _make(folder, config.run_dir is None)
@@ -73,6 +72,16 @@ def begin(config: TrainConfig, argv: list[str]) -> Beginning:
     except OSError as e:
         raise ConfigError("run_dir", folder, f"can't be written ({e.strerror or e})", "run_dir=<a folder of yours>") from None
     return Beginning(folder, None, existed, notes, held)
+
+
+def refuse_finished(folder: Path) -> None:
+    """Keep a finished run from being overwritten.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if (folder / "metrics.json").exists():
+        raise ConfigError("run_dir", folder, "holds a finished run", "another run_dir, or none for a new one by time")
 
 
 def _family(config: TrainConfig) -> Path:

@@ -248,6 +248,19 @@ MORE_MISTAKES = {
     "labels without their values": wrong("data=ag_news | data.labels=[a,b]", "data.labels=['a', 'b']", "try: data.label_values=null"),
     "prompt without the text": wrong("data.prompt_template=hello", "data.prompt_template='hello': must contain {text}"),
     "nothing left to train on": wrong("data.validation_fraction=0.5 | data.test_fraction=0.5", "data.test_fraction=0.5 nothing is left"),
+    # what files show
+    "column that is not there": wrong(
+        "data=classification | data.path=data/reviews.csv | data.label_column=lable",
+        "data.label_column=lable: the train file has no such column; it has text, label",
+        "try: data.label_column=label",
+    ),
+    "column of a large file that is not there": wrong(
+        "data=classification | data.path=large | data.text_column=txt", "data.text_column=txt: the train file has no such column"
+    ),
+    "label that is none of those given": wrong(
+        "data=classification | data.path=data/reviews.csv | data.labels=[good,poor]", "has the unknown label 'bad'", "try: mend them"
+    ),
+    "folder of a finished run": wrong("run_dir=finished", "run_dir=finished: holds a finished run", "another run_dir"),
     "step larger than the data": wrong("data.max_train_examples=4", "16 x 1 = 16 examples", "data.max_train_examples=4", "batch_size=4"),
 }
 
@@ -272,6 +285,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     shipped = to_yaml(composition.compose("train", []))
     files |= {"finished/config.yaml": shipped, "finished/metrics.json": "{}", "begun/config.yaml": shipped}
+    files |= {"large/train.csv": "text,label\n" + "fine,good\npoor,bad\n" * 60_000}
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text, "utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,8 @@ from lorica.data.examples import Example, Splits, split_examples
 from lorica.data.readers import SAMPLES, Row, check_columns, read_hub, read_rows, split_files
 
 SHOWN_FAULTS = 3
+SMALL = 1 << 20  # bytes of files that are read whole in a blink
+FIRST_ROWS = 16
 
 
 class BadRow(ValueError):
@@ -73,7 +76,7 @@ class Rows:
             return
         rows = self._read()
         for split, of_split in rows.items():
-            check_columns(of_split, self.columns(), f"the {split} file" if self.config.source == "files" else f"the {split} split")
+            self._check_columns(of_split, split)
         for of_split in rows.values():
             if of_split and all(row.fault for row in of_split):
                 self.faults = [(row.origin, row.fault) for row in of_split]
@@ -87,11 +90,34 @@ class Rows:
             self._refuse_faults(sum(map(len, rows.values())))
         self._splits = split_examples(examples, self.config, self.seed)
 
+    def look_ahead(self) -> None:
+        """Refuse what is seen at once: whatever is wrong with small files, columns that no row of a large one can have. Not of the hub.
+
+        Raises:
+            ConfigError: as `load` does.
+        """
+        if self.config.source == "hub":
+            return
+        files = self._files()
+        if sum(file.stat().st_size for file in files.values()) <= SMALL:
+            self.load()
+            return
+        for split, file in files.items():
+            if file.suffix.lower() in (".csv", ".parquet"):  # all rows have the same columns
+                self._check_columns(list(islice(read_rows(file, self.config.csv_columns), FIRST_ROWS)), split)
+
+    def _check_columns(self, rows: Sequence[Row], split: str) -> None:
+        check_columns(rows, self.columns(), f"the {split} file" if self.config.source == "files" else f"the {split} split")
+
     def _read(self) -> dict[str, list[Row]]:
-        config = self.config
-        if config.source == "hub":
-            rows, self.revision = read_hub(config)
+        if self.config.source == "hub":
+            rows, self.revision = read_hub(self.config)
             return rows
+        return {split: list(read_rows(file, self.config.csv_columns)) for split, file in self._files().items()}
+
+    def _files(self) -> dict[str, Path]:
+        """The file of each split."""
+        config = self.config
         if config.source == "sample":
             folder = SAMPLES / self.sample_name
             if not self.sample_name:
@@ -101,7 +127,7 @@ class Rows:
         else:
             assert config.path is not None
             folder = Path(config.path).expanduser()
-        return {split: list(read_rows(file, config.csv_columns)) for split, file in split_files(folder, config.name).items()}
+        return split_files(folder, config.name)
 
     def _convert(self, rows: Sequence[Row]) -> Iterator[Example]:
         for row in rows:
