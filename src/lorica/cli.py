@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import gc
 import importlib
@@ -17,6 +18,8 @@ from lorica.composition import complete, compose, compose_tree
 from lorica.config import VERBS, CompareConfig, ConfigError, DoctorConfig, PlanConfig, TrainConfig
 from lorica.options import group_options, register_plugins
 from lorica.secrets import redact
+
+atexit.register(gc.freeze)  # looking for garbage among a million objects at the end takes a second and a half
 
 FLAGS = ("help", "multirun", "cfg", "config-dir", "json")
 RUNNERS = {
@@ -92,8 +95,8 @@ def run(verb: str, args: list[str]) -> int:
     if verb == "doctor":
         return _doctor(overrides, flags)
     config = compose(verb, overrides, flags["config_dir"])
-    gc.enable()
     if isinstance(config, CompareConfig):
+        gc.enable()
         from lorica.compare import run_compare
 
         options = group_options(flags["config_dir"])["model"]
@@ -101,12 +104,18 @@ def run(verb: str, args: list[str]) -> int:
     if isinstance(config, PlanConfig):
         from lorica.planning.runner import run as plan
 
+        gc.enable()
         return plan(config, compose("train", for_train, flags["config_dir"]), flags["json"])
     if isinstance(config, TrainConfig):
         _look_ahead(config)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     runner = "lorica.resume_drill" if getattr(config, "drill", None) == "resume" else RUNNERS[verb]
-    code: int = importlib.import_module(runner).run(config)
+    imported = runner in sys.modules
+    module = importlib.import_module(runner)
+    if not imported:
+        gc.freeze()  # what was imported stays, too
+    gc.enable()
+    code: int = module.run(config)
     if (loggers := sys.modules.get("lorica.loggers")) is not None:
         loggers.leave(code)
     return code

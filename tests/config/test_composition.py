@@ -583,6 +583,22 @@ def test_the_shell_completes_options_and_keys(typed: str, offered: str) -> None:
     assert (done.returncode, done.stdout.strip()) == (0, offered), done.stderr
 
 
+def test_a_verb_is_imported_without_looking_for_garbage_and_run_with_it(tmp_path: Path) -> None:
+    (tmp_path / "verb.py").write_text(
+        "import gc\nAT_IMPORT = gc.isenabled()\ndef run(config):\n    print(AT_IMPORT, gc.isenabled())\n    return 0\n"
+    )
+    (tmp_path / "program.py").write_text(
+        "import atexit, gc, sys\n"
+        "atexit.register(lambda: print(before < gc.get_freeze_count(), gc.isenabled()))\n"  # the last to be called, when all is frozen
+        f"sys.path.insert(0, {str(Path(cli.__file__).parents[1])!r})\n"
+        "from lorica import cli\n"
+        "cli.RUNNERS['train'], before = 'verb', gc.get_freeze_count()\n"
+        "cli.main('train', [])\n"
+    )
+    done = subprocess.run([sys.executable, str(tmp_path / "program.py")], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["False", "True", "True", "True"], done.stderr
+
+
 def test_a_reader_that_stops_early_sees_no_traceback() -> None:
     script = Path(__file__).resolve().parents[2] / "train.py"
     with subprocess.Popen([sys.executable, str(script), "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
