@@ -162,9 +162,10 @@ def _parse(verb: str, args: Sequence[str], config_dir: str | None) -> tuple[list
         if override.package is not None:
             raise ConfigError(f"{name}@{override.package}", override.value(), "groups stay where they are", f"{name}={override.value()}")
         if override.is_sweep_override():
-            raise ConfigError(
-                name, override.get_value_string(), "several values make a grid", f"-m {text}" if verb == "train" else "one value"
-            )
+            value, fix = override.get_value_string(), f"-m {text}" if verb == "train" else "one value"
+            if re.fullmatch(r"-?0,\d+", value):
+                fix = f"{name}={value.replace(',', '.')} where a number was meant, else {fix}"
+            raise ConfigError(name, value, "several values make a grid", fix)
         if name in options and not isinstance(override.value(), dict):
             value = override.value()
             if value not in options[name] and not (value is None and name in OPTIONAL_GROUPS):

@@ -261,6 +261,7 @@ MORE_MISTAKES = {
         "data=classification | data.path=data/reviews.csv | data.labels=[good,poor]", "has the unknown label 'bad'", "try: mend them"
     ),
     "folder of a finished run": wrong("run_dir=finished", "run_dir=finished: holds a finished run", "another run_dir"),
+    "decimal comma": wrong("optimizer.lr=0,001", "several values make a grid", "try: optimizer.lr=0.001 where a number was meant, else -m"),
     "step larger than the data": wrong("data.max_train_examples=4", "16 x 1 = 16 examples", "data.max_train_examples=4", "batch_size=4"),
 }
 
