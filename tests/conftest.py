@@ -1,6 +1,7 @@
 """What all tests share: no network, few threads, one arithmetic, small models that train in seconds, and pictures that are not painted."""
 
 import contextlib
+import gc
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -12,7 +13,9 @@ os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", OMP_WAIT_POLICY="pas
 os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_VNNI"  # no bf16, which trainer.precision=auto takes where it is faster
 os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"  # two run beside each other as fast as they can on one
 
-import pytest
+gc.disable()  # until all that tests import is there; it stays, and looking through it for garbage would take minutes in all
+
+import pytest  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -24,6 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("shared") and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason="needs the shared data and models beside the checkout"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is not looked through again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
