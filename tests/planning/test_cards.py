@@ -44,6 +44,7 @@ def driver(**values: object) -> SimpleNamespace:
     return SimpleNamespace(
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByIndex=lambda i: i,
+        nvmlDeviceGetCount=lambda: values.get("count", 1),
         nvmlDeviceGetName=lambda h: values["name"],
         nvmlDeviceGetMemoryInfo=lambda h: SimpleNamespace(total=values["total"], used=values["used"]),
         nvmlDeviceGetCudaComputeCapability=lambda h: (8, 9),
@@ -55,7 +56,7 @@ def test_the_card_at_hand_is_asked_of_its_driver(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "pynvml", driver(name="NVIDIA GeForce RTX 4060 Ti", total=16 * GIB, used=2 * GIB))
     card = choose(GpuSettings())
     assert card.capability == 8.9 and card.watts == 165 and card.teraflops == CARDS["rtx4060ti_16gb"].teraflops
-    assert card.usable == 14 * GIB - card.context
+    assert card.usable == 14 * GIB - card.context and card.count == 1
 
 
 def test_without_a_card_one_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:

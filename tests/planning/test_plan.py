@@ -99,6 +99,7 @@ def test_as_json(lorica: Lorica) -> None:
         (["gpu.memory_gib=1e30"], "gpu.memory_gib"),
         (["gpu=l4", "model.base=Qwen/Qwen2.5-0.5B"], "target_modules=[q_proj,k_proj,"),
         (["gpu=l4", "model.lora.ran=8"], "model.lora.r"),
+        (["gpu=l4", "trainer.devices=-1"], "try: trainer.devices=2"),
         (["gpu=l4", "model=mistral_qlora", "model.base=someone/unheard-of"], "HF_HUB_OFFLINE is set"),
     ],
 )
@@ -150,6 +151,12 @@ def test_two_cards_take_half_the_time_of_an_epoch_and_as_much_of_each() -> None:
     assert two.pace.joules == pytest.approx(one.pace.joules) and two.fit.peak == one.fit.peak
     steps = [planned("data=ag_news", "trainer.max_steps=7", f"trainer.devices={n}", card="t4_16gb").pace.whole for n in (1, 2)]
     assert steps[0] == pytest.approx(steps[1])
+
+
+def test_all_devices_are_those_of_the_machine(lorica: Lorica, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.cards, "choose", lambda asked: replace(CARDS["l4_24gb"], count=4))
+    wanted = ("plan", "model=mistral_qlora", "data=healthcare_qa", "--json")
+    assert lorica(*wanted, "trainer.devices=-1")[1] == lorica(*wanted, "trainer.devices=4")[1]
 
 
 def test_fp8_is_faster_where_there_is_any(lorica: Lorica) -> None:

@@ -18,7 +18,7 @@ class Card:
     Attributes:
         memory: bytes, of all processes. capability: of CUDA, as 8.9. teraflops: dense bf16 (fp16 on older cards) with fp32 sums, by the
             maker's data sheet. watts: its limit. bandwidth: of its memory, GB/s. context: bytes that CUDA takes for itself. busy: bytes
-            that other processes hold.
+            that other processes hold. count: of them in this machine; None where that is not known.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Card:
     bandwidth: float
     context: int = 480 << 20
     busy: int = 0
+    count: int | None = None
 
     @property
     def usable(self) -> int:
@@ -136,6 +137,7 @@ def at_hand() -> Card:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         capability = float("{}.{}".format(*pynvml.nvmlDeviceGetCudaComputeCapability(handle)))
         watts = pynvml.nvmlDeviceGetPowerManagementDefaultLimit(handle) / 1000
+        count = int(pynvml.nvmlDeviceGetCount())
     except Exception:  # no package, no driver, no GPU: each with an error of its own
         raise ConfigError(
             "gpu", None, "this machine has no NVIDIA GPU: name one", "gpu=rtx3070_8gb, gpu=colab_t4, gpu=h200_141gb, or gpu.memory_gib=12"
@@ -143,7 +145,7 @@ def at_hand() -> Card:
     name = title if isinstance(title, str) else title.decode()
     known = _by_title(name)
     like = known or _like(memory.total / GIB)
-    return Card(name, int(memory.total), capability, like.teraflops, float(watts), like.bandwidth, busy=int(memory.used))
+    return Card(name, int(memory.total), capability, like.teraflops, float(watts), like.bandwidth, busy=int(memory.used), count=count)
 
 
 def of_device(title: str, usable: int, capability: float) -> Card:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lorica.checks import check_layers
@@ -59,6 +59,12 @@ def run(config: PlanConfig, train: TrainConfig, as_numbers: bool = False) -> int
         ConfigError: no such card; a base or rows that can't be had.
     """
     card = cards.choose(config.gpu)
+    if train.trainer.devices == -1:
+        if card.count is None:
+            raise ConfigError(
+                "trainer.devices", -1, "how many there are is known only of a machine with its GPUs at hand", "trainer.devices=2"
+            )
+        train = replace(train, trainer=replace(train.trainer, devices=card.count))
     lengths = look(train, config.rows)
     labels = lengths.labels if lengths is not None else _labels(train)
     shape = find_shape(train.model, labels)
