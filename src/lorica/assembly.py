@@ -171,22 +171,31 @@ def assemble(
         ),
         progress,
     ]
-    trainer = Trainer(
+    trainer = _trainer(run, machine, plan.accumulate, parts, io, has_validation)
+    return module, trainer, Parts(throughput, evaluate, keep)
+
+
+def _trainer(
+    run: Run, machine: hardware.Machine, accumulate: int, callbacks: list[Callback], io: checkpoints.DurableIO, validates: bool
+) -> Trainer:
+    """Lightning's loop over the plan's micro-steps; what it would print, count and save by itself is off."""
+    t = run.config.trainer
+    return Trainer(
         accelerator=machine.accelerator,
         devices=machine.devices,
         num_nodes=t.num_nodes,
         strategy=machine.strategy(t.strategy),
         precision=machine.precision,  # type: ignore[arg-type]
         max_epochs=1,  # the plan is one sequence of micro-steps over all epochs
-        accumulate_grad_batches=plan.accumulate,
+        accumulate_grad_batches=accumulate,
         gradient_clip_val=t.gradient_clip_val,
         log_every_n_steps=1,
         num_sanity_val_steps=0,
-        limit_val_batches=None if has_validation else 0,
+        limit_val_batches=None if validates else 0,
         deterministic=t.deterministic or None,
         detect_anomaly=t.detect_anomaly,
         logger=run.loggers or False,
-        callbacks=parts,
+        callbacks=callbacks,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
@@ -194,4 +203,3 @@ def assemble(
         default_root_dir=str(run.folder),
         plugins=[io],
     )
-    return module, trainer, Parts(throughput, evaluate, keep)
