@@ -50,16 +50,13 @@ class Run:
         return self.folder / ("adapter" if self.config.model.lora is not None else "model")
 
 
-def batching(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine, parts: int) -> Batching:
-    """How the run's batches are made.
+def check_rows(run: Run, data: LoricaDataModule, machine: hardware.Machine) -> None:
+    """Refuse more than there are rows for, before weights are read.
 
-    Args:
-        parts: that each micro-batch is cut into.
     Raises:
         ConfigError: more examples a step, or more devices, than there are rows.
     """
     t = run.config.trainer
-    longest = max(len(r.ids) for r in data.train_rows)
     if t.batch_size is not None:
         window = t.batch_size * t.accumulate_grad_batches * machine.world_size
         if window > len(data.train_rows):
@@ -75,6 +72,16 @@ def batching(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware
             raise ConfigError(
                 "trainer.devices", machine.world_size, f"there are only {len(rows)} {split} rows to share", f"trainer.devices={len(rows)}"
             )
+
+
+def batching(run: Run, data: LoricaDataModule, loaded: Loaded, machine: hardware.Machine, parts: int) -> Batching:
+    """How the run's batches are made.
+
+    Args:
+        parts: that each micro-batch is cut into.
+    """
+    t = run.config.trainer
+    longest = max(len(r.ids) for r in data.train_rows)
     return Batching(
         pad_id=loaded.tokenizer.pad_token_id,
         padded=loaded.padded,

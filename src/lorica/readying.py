@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Trainer, seed_everything
 
 from lorica import checkpoints, distillation, fingerprint, hardware, launch, loggers, resuming, sizing, summary
-from lorica.assembly import Parts, Run, assemble, batching
+from lorica.assembly import Parts, Run, assemble, batching, check_rows
 from lorica.checkpoints import Checkpoints
 from lorica.config import ConfigError
 from lorica.data.gates import check_report
@@ -78,6 +78,7 @@ def make_ready(run: Run) -> Ready | None:
         hardware.check_fp8(machine)
     prepared = _look_at_data(run, data)
     data.leave_out_unsupervised()
+    check_rows(run, data, machine)
     _ask_teacher(run, data, machine)
     architecture = prepared.architecture.to_dict()
     size = _size(run, data, machine, architecture, began)
