@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from lorica import calibration
 from lorica.answers import Answer
-from lorica.config import ConfigError
 from lorica.data.encoding import CausalEncoder, ClassifierEncoder, build_encoder
 from lorica.data.examples import Example
 from lorica.models.causal_lm import CausalLM
@@ -108,14 +108,7 @@ def _threshold(trained: Trained, target_risk: float | None) -> float:
     """The probability from which on a label is said."""
     if target_risk is None:
         return 0.0
-    if trained.calibration is None:
-        raise ConfigError(
-            "target_risk",
-            target_risk,
-            "needs a classifier whose validation rows were kept as calibration.json; this model has none",
-            "a run on labelled data with data.validation_fraction above 0",
-        )
-    return trained.calibration.threshold(target_risk)
+    return calibration.threshold(trained.calibration, target_risk)
 
 
 def _on_its_way(values: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorica.data.asked_file import Survey
-from lorica.data.readers import Row
+from lorica.data.readers import Row, encodable
 
 QUOTE = '"'  # around a csv file's cell; inside one it stands twice
 ROW_GROUP = 1 << 16  # rows of a parquet file that lie together, at least
@@ -71,7 +71,10 @@ class Layout:
                 record["prediction"] = answer.prediction
                 if answer.probabilities:
                     record |= {"probability": answer.probability, "probabilities": answer.probabilities}
-            yield json.dumps(record, ensure_ascii=True, default=str) + "\n"
+            line = json.dumps(record, ensure_ascii=False, default=str)
+            if not line.isascii() and not encodable(line):  # what can't be in UTF-8 is kept as its number
+                line = json.dumps(record, ensure_ascii=True, default=str)
+            yield line + "\n"
 
     def _csv(self, rows: Sequence[Row], answers: Mapping[int, Answer], faults: Mapping[int, str]) -> Iterator[str]:
         names = list(self.survey.columns)

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from lorica import callbacks as cb
 from lorica import checkpoints, distillation, evaluation, hardware, loggers, states
 from lorica.checkpoints import Checkpoints
+from lorica.checks import check_step
 from lorica.config import ConfigError, TrainConfig
 from lorica.data.module import Batching, LoricaDataModule
 from lorica.metrics_log import MetricsLog
@@ -56,17 +57,7 @@ def check_rows(run: Run, data: LoricaDataModule, machine: hardware.Machine) -> N
     Raises:
         ConfigError: more examples a step, or more devices, than there are rows.
     """
-    t = run.config.trainer
-    if t.batch_size is not None:
-        window = t.batch_size * t.accumulate_grad_batches * machine.world_size
-        if window > len(data.train_rows):
-            raise ConfigError(
-                "trainer.batch_size",
-                t.batch_size,
-                f"a step would take {t.batch_size} x {t.accumulate_grad_batches} x {machine.world_size} devices = {window} examples; "
-                f"there are {len(data.train_rows)}",
-                f"trainer.batch_size={max(1, len(data.train_rows) // (t.accumulate_grad_batches * machine.world_size))}",
-            )
+    check_step(run.config.trainer, len(data.train_rows), machine.world_size)
     for split, rows in data.eval_rows.items():
         if 0 < len(rows) < machine.world_size:
             raise ConfigError(

@@ -20,6 +20,7 @@ FILE = "calibration.json"
 BINS = 15
 POINTS = 1000  # of the curve of risk that are kept
 LEAST = 100  # rows; of fewer a temperature would say more about them than about the model
+MORE_ROWS = "more validation rows (data.validation_fraction, data.max_validation_examples)"
 COLDEST, HOTTEST = 0.05, 20.0
 
 
@@ -54,8 +55,27 @@ class Calibration:
             target,
             f"its {self.rows:,} validation rows show no such sureness: of the surest {answered:,}, {wrong:,} are wrong, "
             f"which says at most {rate_at_most(wrong, answered):.3g}",
-            f"target_risk={rate_at_most(wrong, answered) * 1.05:.2g}, or more validation rows",
+            f"target_risk={reached:.2g}, or more validation rows"
+            if (reached := 1.05 * rate_at_most(wrong, answered)) < 0.99
+            else MORE_ROWS,
         )
+
+
+def threshold(calibration: Calibration | None, target: float) -> float:
+    """`Calibration.threshold` of a model that may have none.
+
+    Raises:
+        ConfigError: it has none, or its rows show no such probability.
+    """
+    if calibration is None:
+        raise ConfigError(
+            "target_risk",
+            target,
+            f"needs a run on labelled data with {LEAST} validation rows, some answered rightly and some wrongly (calibration.json); "
+            "this model has none",
+            MORE_ROWS,
+        )
+    return calibration.threshold(target)
 
 
 def calibrate(scores: np.ndarray, labels: np.ndarray) -> Calibration | None:

@@ -20,9 +20,10 @@ from typing import Any
 from lorica.config import DataConfig, WandbLoggerConfig
 from lorica.data.registry import build_rows
 from lorica.durable import write_json
+from lorica.runs import FAILED
 from lorica.screen import Screen
 from lorica.secrets import redact
-from lorica.signals import EXIT_CODE
+from lorica.signals import EXIT_CODE, NOTHING_KEPT
 
 KEPT_LINES = 20  # of a failed run's stderr
 
@@ -68,7 +69,7 @@ def run_missing(
             continue
         screen.print(f"[{number}/{len(cells)}] {cell.name}")
         code = _run_cell(cell, run_dir, group, compose, config_dir)
-        if code in (130, EXIT_CODE):
+        if code in (NOTHING_KEPT, EXIT_CODE):
             screen.print("interrupted; the same command goes on with the runs that are not done")
             return code
     return 0
@@ -94,12 +95,12 @@ def _run_cell(cell: Cell, run_dir: Path, group: str, compose: Callable[[list[str
     try:
         code, said = _call([sys.executable, "-m", "lorica", "train", *flags, *cell.overrides, *added], environment)
     except KeyboardInterrupt:
-        return 130
-    if code and code != EXIT_CODE:
+        return NOTHING_KEPT
+    if code not in (0, EXIT_CODE, NOTHING_KEPT):
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(run_dir / "failed.json", {"exit_code": code, "overrides": cell.overrides, "stderr": [redact(line) for line in said]})
+        write_json(run_dir / FAILED, {"exit_code": code, "overrides": cell.overrides, "stderr": [redact(line) for line in said]})
     else:
-        (run_dir / "failed.json").unlink(missing_ok=True)
+        (run_dir / FAILED).unlink(missing_ok=True)
     return code
 
 
@@ -138,7 +139,7 @@ def _call(command: list[str], environment: dict[str, str]) -> tuple[int, list[st
 
 def why(run_dir: Path) -> str:
     """How a failed run ended, in a line or two."""
-    file = run_dir / "failed.json"
+    file = run_dir / FAILED
     failure = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     code, said = failure.get("exit_code"), failure.get("stderr") or []
     if code == 1 and (run_dir / "train.log").is_file():

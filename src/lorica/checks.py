@@ -7,6 +7,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,7 @@ from lorica.config import (
     PredictConfig,
     PushConfig,
     TrainConfig,
+    TrainerConfig,
 )
 
 DATA_ENDINGS = (".csv", ".jsonl", ".json", ".parquet")
@@ -424,6 +426,30 @@ def _check_distillation(config: TrainConfig) -> None:
     _check_folder("distillation.teacher", asked.teacher, f"{first}\n  then: the same command again")
 
 
+def pasted(key: str, value: str) -> str:
+    """key=value as it is pasted into a shell: what Hydra's grammar does not take as it is stands in quotes."""
+    if re.fullmatch(r"[\w./:@+-]+", value, re.ASCII):
+        return f"{key}={value}"
+    inner = value.replace("\\", "\\\\").replace('"', '\\"')
+    return shlex.quote(f'{key}="{inner}"')
+
+
+def check_step(trainer: TrainerConfig, rows: int, devices: int = 1) -> None:
+    """Refuse more examples a step than there are training rows.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    t = trainer
+    if t.batch_size is not None and (window := t.batch_size * t.accumulate_grad_batches * devices) > rows:
+        raise ConfigError(
+            "trainer.batch_size",
+            t.batch_size,
+            f"a step would take {t.batch_size} x {t.accumulate_grad_batches} x {devices} devices = {window} examples; there are {rows}",
+            f"trainer.batch_size={max(1, rows // (t.accumulate_grad_batches * devices))}",
+        )
+
+
 def _check_devices(devices: Any, name: str = "trainer.devices") -> None:
     numbers = isinstance(devices, list) and devices and all(isinstance(d, int) and d >= 0 for d in devices)
     count = isinstance(devices, int) and not isinstance(devices, bool) and (devices == -1 or devices >= 1)
@@ -518,4 +544,6 @@ def export_formats(config: ExportConfig) -> list[str]:
 
 def _check_folder(name: str, value: str, fix: str = "") -> None:
     if not Path(value).expanduser().is_dir():
-        raise ConfigError(name, value, "there is no such folder" + sibling(Path(value)), fix or f"{name}=outputs/latest")
+        usual = "outputs/latest"  # which there is once a run was written under outputs/
+        fix = fix or (f"{name}={usual}" if value != usual else f"{name}=<the folder of a run>")
+        raise ConfigError(name, value, "there is no such folder" + sibling(Path(value)), fix)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lorica.checks import nearest, sibling
+from lorica.checks import check_step, nearest, sibling
 from lorica.composition import complete, compose, compose_tree
 from lorica.config import VERBS, CompareConfig, ConfigError, DoctorConfig, PlanConfig, TrainConfig
 from lorica.options import group_options, register_plugins
@@ -189,11 +189,13 @@ def _split(args: list[str]) -> tuple[list[str], dict[str, Any]]:
 def _look_ahead(config: TrainConfig) -> None:
     """Refuse what files show before torch is imported, which takes seconds."""
     from lorica.data.registry import build_rows
-    from lorica.runs import refuse_finished
+    from lorica.runs import refuse_unresumable
 
-    if config.run_dir is not None and config.resume is None:
-        refuse_finished(Path(config.run_dir))
-    build_rows(config.data, config.seed).look_ahead()
+    if not config.drill:
+        refuse_unresumable(config)
+    rows = build_rows(config.data, config.seed)
+    if rows.look_ahead():
+        check_step(config.trainer, len(rows.splits.train))
 
 
 def _screen(verb: str, what: str, overrides: list[str], config_dir: str | None) -> str:

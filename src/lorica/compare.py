@@ -54,7 +54,8 @@ def run_compare(
     screen = Screen()
     folder, entries = plan(config, overrides, compose, options, config_dir)
     trained = list(dict.fromkeys(entry.cell for entry in entries if entry.cell is not None))
-    screen.print(f"comparison {folder}: {len(entries)} models")
+    output = Path(config.output).expanduser() if config.output else folder
+    screen.print(f"comparison {folder if trained else output}: {len(entries)} models")
     if code := run_missing(screen, trained, folder, f"compare-{folder.name}", compose, config_dir):
         return code
     failed = [entry for entry in entries if entry.cell is not None and not (entry.run / "metrics.json").is_file()]
@@ -65,7 +66,6 @@ def run_compare(
         screen.print("fewer than two are left to compare; the same command runs the failed ones again")
         return 1
     settings: TrainConfig = compose(list(left[0].cell.overrides if left[0].cell else overrides))
-    output = Path(config.output).expanduser() if config.output else folder
     report = _report(screen, config, settings, left, output / "comparison.json")
     _write(screen, report, output)
     _record(screen, settings, report, folder)

@@ -6,6 +6,7 @@ Everything is read from run folders: metrics.json, metrics.csv, predictions.json
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -18,6 +19,7 @@ from lorica import calibration, statistics
 from lorica.config import ConfigError
 from lorica.metrics_log import read_metrics
 from lorica.runs import weights_folder
+from lorica.states import last_state
 
 ENOUGH = 0.05  # p-values below it speak of a difference
 TINY = 1e-15  # p-values below it are not told apart
@@ -101,7 +103,8 @@ def read(run: Path, name: str) -> Compared:
     """
     finished = run / "metrics.json"
     if not finished.is_file():
-        raise ConfigError("runs", run, "is no finished run: it has no metrics.json", f"python train.py resume={run}")
+        fix = f"python train.py {shlex.quote(f'resume={run}')}" if last_state(run) is not None else "the folder of a finished run"
+        raise ConfigError("runs", run, "is no finished run: it has no metrics.json", fix)
     answers = run / "predictions.jsonl"
     rows = [json.loads(line) for line in answers.read_text("utf-8").splitlines()] if answers.is_file() else []
     if not rows or any(row.get("label") is None or "probabilities" not in row for row in rows):

@@ -6,7 +6,9 @@ own key with the nearest valid one.
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import sys
 import typing
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica import plain_yaml
-from lorica.checks import HOW_TO_GIVE, check, nearest
+from lorica.checks import HOW_TO_GIVE, check, nearest, pasted
 from lorica.config import (
     DATA_SCHEMAS,
     LOGGER_SCHEMAS,
@@ -148,13 +150,15 @@ def _parse(verb: str, args: Sequence[str], config_dir: str | None) -> tuple[list
             continue
         try:
             override = parser.parse_override(text)
-        except HydraException as e:
+        except HydraException:
             where, _, value = text.partition("=")
             if "=" not in text:
                 group = next((g for g, names in options.items() if where in names), None)
-                raise ConfigError(where, None, "is not key=value", f"{group}={where}" if group else f"{where}=...") from None
-            why = str(e).splitlines()[0].partition(" expecting")[0]
-            raise ConfigError(where, value, f"can't be read ({why})", f"""'{where}="{value}"'""") from None
+                fix = f"{group}={where}" if group else f"{where}=..." if where.isidentifier() else "quotes around a value with spaces"
+                raise ConfigError(where, None, "is not key=value", fix) from None
+            raise ConfigError(
+                where, value, "can't be read: what is not plain letters and digits needs quotes", _quoted(where, value)
+            ) from None
         name = override.key_or_group
         if override.is_delete():
             instead = "..." if name in options and name not in OPTIONAL_GROUPS else "null"
@@ -199,6 +203,15 @@ def _verbatim(name: str, typed: str) -> str | None:
 def _as_text(value: str) -> str:
     """A text for OmegaConf, which would look up what stands in `${...}`."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+
+
+def _quoted(key: str, value: str) -> str:
+    """key=value as a shell and Hydra's grammar take it: texts with other than plain letters and digits in quotes, in a list each."""
+    if not (value.startswith("[") and value.endswith("]")):
+        return pasted(key, value)
+    words = [word.strip() for word in value[1:-1].split(",")]
+    plain = re.compile(r"[\w .+-]*", re.ASCII)
+    return shlex.quote(f"{key}=[{','.join(w if plain.fullmatch(w) else json.dumps(w, ensure_ascii=False) for w in words)}]")
 
 
 def _check_text(config: PredictConfig) -> None:

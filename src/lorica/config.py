@@ -150,7 +150,7 @@ class DataConfig:
     name: str = key("???", "short name, used in the run folder's name")
     module: str = key("???", "the registered data module that reads the rows")
     source: str = key("sample", "where rows come from: the package's sample, the Hugging Face hub, or data.path", choices=SOURCES)
-    path: str | None = key(None, "file (csv, jsonl, parquet) or folder with train/validation/test files; needs data.source=files")
+    path: str | None = key(None, "file (csv, jsonl, json, parquet) or folder with train/validation/test files; needs data.source=files")
     hub_id: str | None = key(None, "data set repository on the hub, or a local folder in its layout; needs data.source=hub")
     hub_config: str | None = key(None, "configuration of the hub data set")
     revision: str | None = key(None, "commit of the hub data set; what it resolves to is recorded")

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import secrets
+import shlex
 import sys
 import threading
 from pathlib import Path
@@ -72,8 +73,8 @@ def _wandb(config: TrainConfig, settings: WandbLoggerConfig, run_dir: Path, run_
             raise ConfigError("logger.mode", settings.mode, str(e).splitlines()[0], "logger.mode=offline") from None
         mode, why = "offline", f"{type(e).__name__} when the run was begun"
         logger = open_as(mode)
-    note = (
-        f"W&B is offline: {why}; later: wandb sync {run_dir}/wandb/offline-run-*" if why else f"W&B is {mode}, project {settings.project}"
+    note = (f"W&B is offline: {why}" if why else f"W&B is {mode}, project {settings.project}") + (
+        f"; later: wandb sync {shlex.quote(str(run_dir / 'wandb'))}/offline-run-*" if mode == "offline" else ""
     )
     return logger, note
 

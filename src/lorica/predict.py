@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorica import calibration
 from lorica.answered_parts import Parts, identity_of
 from lorica.config import ConfigError, PredictConfig, TrainerConfig
 from lorica.data.asked_file import Survey, changed, look_ahead, look_through
@@ -33,6 +34,8 @@ def run(config: PredictConfig) -> int:
         ConfigError: no weights, no text column, columns with the names of ours, a base that can't be had, an output that another
             process writes.
     """
+    if config.target_risk is not None:  # refused before torch is imported, which takes seconds
+        calibration.threshold(calibration.read(weights_folder(Path(config.run).expanduser())), config.target_risk)
     if config.text is not None:
         _answer_text(config, config.text)
         return 0
@@ -48,12 +51,13 @@ def run(config: PredictConfig) -> int:
 
 
 def _answer_text(config: PredictConfig, text: str) -> None:
+    run = Path(config.run).expanduser()
+    weights_folder(run)
     from lorica import hardware
     from lorica.answering import Predictor
     from lorica.models.trained import load_trained
 
     machine = _named_here(lambda: hardware.choose(TrainerConfig(accelerator=config.accelerator, devices=1)))
-    run = Path(config.run).expanduser()
     trained = load_trained(run, machine.device, config.base)
     if why := unfinished(run):
         print(f"lorica: note: {why}", file=sys.stderr)  # what is answered stands alone on the standard output

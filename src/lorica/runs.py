@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +29,7 @@ from lorica.secrets import redact, redact_tree
 from lorica.states import last_state, newest_intact, put_away
 
 GRIDS, COMPARISONS = Path("outputs") / "grids", Path("outputs") / "compare"
+FAILED = "failed.json"  # how a run of a grid or a comparison ended that did not begin
 TASK_FILE = "lorica.json"  # beside an adapter's or a model's weights: what it answers and how it is asked
 
 
@@ -61,7 +63,7 @@ def begin(config: TrainConfig, argv: list[str]) -> Beginning:
         notes.append("resume=auto: there is no unfinished run with an intact state; this one is fresh")
     family = _family(config)
     folder = Path(config.run_dir) if config.run_dir is not None else family / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    refuse_finished(folder)
+    refuse_taken(folder)
     existed = folder.exists()
     try:
         folder = _make(folder, config.run_dir is None)
@@ -74,14 +76,32 @@ def begin(config: TrainConfig, argv: list[str]) -> Beginning:
     return Beginning(folder, None, existed, notes, held)
 
 
-def refuse_finished(folder: Path) -> None:
-    """Keep a finished run from being overwritten.
+def refuse_taken(folder: Path) -> None:
+    """Keep a finished run, and files that are no run's, from being overwritten.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: there are some.
     """
+    fix = "another run_dir, or none for a new one by time"
     if (folder / "metrics.json").exists():
-        raise ConfigError("run_dir", folder, "holds a finished run", "another run_dir, or none for a new one by time")
+        raise ConfigError("run_dir", folder, "holds a finished run", fix)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("run_dir", folder, "is a file", fix)
+    ours = any((folder / name).exists() for name in (".hydra", FAILED))
+    if not ours and folder.is_dir() and (others := sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))):
+        raise ConfigError("run_dir", folder, f"is a folder with other files ({', '.join(others[:3])}{', ...' if others[3:] else ''})", fix)
+
+
+def refuse_unresumable(config: TrainConfig) -> None:
+    """What `begin` would refuse, as far as it is seen without reading states.
+
+    Raises:
+        ConfigError: the folder is taken; there is nothing to resume where that was required.
+    """
+    if config.resume == "required" and not _unfinished(_candidates(config)):
+        raise _nothing_to_resume(config, [])
+    if config.resume in (None, "auto") and config.run_dir is not None and not _unfinished([Path(config.run_dir)]):
+        refuse_taken(Path(config.run_dir))
 
 
 def _family(config: TrainConfig) -> Path:
@@ -90,10 +110,7 @@ def _family(config: TrainConfig) -> Path:
 
 def _resumable(config: TrainConfig, notes: list[str]) -> Beginning | None:
     """The unfinished run to go on with, at its newest intact state."""
-    candidates = [Path(config.run_dir)] if config.run_dir else _newest_first(_family(config))
-    for folder in candidates:
-        if last_state(folder) is None or (folder / "metrics.json").exists():
-            continue
+    for folder in _unfinished(_candidates(config)):
         held = Held(folder)
         checkpoint, damaged = newest_intact(folder)
         notes += [f"{what}; it was set aside as damaged-*" for what in damaged]
@@ -102,10 +119,23 @@ def _resumable(config: TrainConfig, notes: list[str]) -> Beginning | None:
         held.release()
     if config.resume == "auto":
         return None
+    raise _nothing_to_resume(config, notes)
+
+
+def _candidates(config: TrainConfig) -> list[Path]:
+    return [Path(config.run_dir)] if config.run_dir else _newest_first(_family(config))
+
+
+def _unfinished(folders: list[Path]) -> list[Path]:
+    """Those with a state to go on from."""
+    return [folder for folder in folders if last_state(folder) is not None and not (folder / "metrics.json").exists()]
+
+
+def _nothing_to_resume(config: TrainConfig, notes: list[str]) -> ConfigError:
     where = config.run_dir or str(_family(config))
-    finished = any((f / "metrics.json").exists() for f in candidates)
+    finished = any((folder / "metrics.json").exists() for folder in _candidates(config))
     why = " (it is finished)" if finished else f" ({'; '.join(notes)})" if notes else ""
-    raise ConfigError("resume", config.resume, f"there is no unfinished run with an intact checkpoint in {where}{why}", "resume=auto")
+    return ConfigError("resume", config.resume, f"there is no unfinished run with an intact checkpoint in {where}{why}", "resume=auto")
 
 
 def _newest_first(family: Path) -> list[Path]:
@@ -211,7 +241,12 @@ def weights_folder(run: Path) -> Path:
             return folder
     unfinished = " yet; the run is unfinished" if (run / "config.yaml").is_file() else ""
     raise ConfigError(
-        "run", run, f"has no adapter or model{unfinished}", "a run folder as outputs/latest, an adapter folder or a merged model"
+        "run",
+        run,
+        f"has no adapter or model{unfinished}",
+        f"python train.py {shlex.quote(f'resume={run}')}, then this"
+        if unfinished and last_state(run) is not None
+        else "the folder of a finished run, an adapter folder or a merged model",
     )
 
 
@@ -219,7 +254,7 @@ def unfinished(run: Path) -> str | None:
     """What is said to who asks a run that is not finished; None for a finished run, an adapter or a merged model."""
     if not (run / "config.yaml").is_file() or (run / "metrics.json").is_file():
         return None
-    return f"the run is not finished: these are its best weights so far (python train.py resume={run} goes on with it)"
+    return f"the run is not finished: these are its best weights so far (python train.py {shlex.quote(f'resume={run}')} goes on with it)"
 
 
 def read_task(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command, tried again, goes on
+NOTHING_KEPT = 130  # what shells say of a program that SIGINT ended
 WORKER_SECONDS = 30  # that a data worker has to end by itself after SIGTERM
 
 
@@ -31,7 +32,7 @@ class Stop:
         promise: what a person is told when a signal is noted; nothing where it is empty.
     """
 
-    def __init__(self, promise: str = "the state is saved after this step") -> None:
+    def __init__(self, promise: str = "the state is saved after this step; a second Ctrl-C does not wait for it") -> None:
         self.promise = promise
         self.asked: int | None = None
         self.deferred = False

@@ -28,6 +28,7 @@ def plan_facts(config: TrainConfig, data: LoricaDataModule, loaded: Loaded, mach
     attn = loaded.attention.removeprefix("lorica_") + ("" if loaded.padded else ", no padding")
     size = f"{t.batch_size} examples" if t.batch_size is not None else f"up to {t.tokens_per_batch:,} tokens"
     devices = f"{machine.world_size} device{'s' if machine.world_size > 1 else ''}"
+    epochs = f"{plan.epoch_at(plan.steps):.3g} epochs" if plan.epoch_at(plan.steps) != 1 else "1 epoch"
     cut = f", each micro-batch in {plan.parts} parts" if plan.parts > 1 else ""
     name, _ = optimizers.effective_name(str(config.optimizer.name), machine.device)
     rows = f"{len(splits.train):,} train, {len(splits.validation):,} validation, {len(splits.test):,} test"
@@ -36,7 +37,7 @@ def plan_facts(config: TrainConfig, data: LoricaDataModule, loaded: Loaded, mach
         ("data", f"{config.data.name} ({config.data.source}): {rows}; {data.truncation}"),
         (
             "steps",
-            f"{plan.steps:,} ({plan.epoch_at(plan.steps):.3g} epochs) of {size} x {t.accumulate_grad_batches} accumulated x {devices}{cut}",
+            f"{plan.steps:,} ({epochs}) of {size} x {t.accumulate_grad_batches} accumulated x {devices}{cut}",
         ),
         ("optimiser", f"{name}, lr {config.optimizer.lr:g} {config.optimizer.lr_scheduler_type}, {_warmup(config.optimizer, plan.steps)}"),
         ("machine", f"{machine.description}, precision {machine.precision}, attention {attn}"),
@@ -61,8 +62,6 @@ def plan_notes(config: TrainConfig, data: LoricaDataModule, loaded: Loaded, mach
     ends = data.plan.epoch_ends
     if len(ends) > 1 and ends[0] == 1:
         notes.append(f"one step takes all {len(data.train_rows)} training rows; a smaller trainer.tokens_per_batch gives more steps")
-    if data.faults:
-        notes.append(f"{len(data.faults):,} bad rows were skipped (data_report.md)")
     return notes
 
 

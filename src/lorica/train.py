@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -16,7 +17,7 @@ from lorica.config import ConfigError, TrainConfig
 from lorica.durable import write_json, write_text
 from lorica.runs import Held, begin, point_latest
 from lorica.screen import Screen, duration, quiet_libraries
-from lorica.signals import EXIT_CODE, Interrupted, Stop
+from lorica.signals import EXIT_CODE, NOTHING_KEPT, Interrupted, Stop
 from lorica.states import last_state, step_of
 
 quiet_libraries()
@@ -52,7 +53,8 @@ def run(config: TrainConfig, besides: Sequence[Callback] = ()) -> int:
     Args:
         besides: callbacks that look on, called before ours after each micro-step.
     Returns:
-        0; 1 when training failed (its traceback is in train.log); 75 when it was asked to stop.
+        0; 1 when training failed (its traceback is in train.log); 75 when it was asked to stop and
+            its state is saved, 130 where nothing was.
     Raises:
         ConfigError: data, model or hardware can't do what is asked; a folder that was made for the run by its time is removed again,
             unless it holds the data report that says why.
@@ -70,7 +72,7 @@ def run(config: TrainConfig, besides: Sequence[Callback] = ()) -> int:
         return _guarded(the_run, existed)
     except Interrupted as e:  # before there was a run
         print(f"lorica: {e}: interrupted before any state was saved", file=sys.stderr)
-        return EXIT_CODE
+        return NOTHING_KEPT
     finally:
         stop.close()
         if the_run is not None:
@@ -105,10 +107,11 @@ def _guarded(run: Run, existed: bool) -> int:
     except (Interrupted, KeyboardInterrupt, SystemExit) as e:
         run.stop.ignore()
         saved = last_state(folder)
-        where = f"saved at step {step_of(saved)}; go on with: python train.py resume={folder}" if saved else "before any state was saved"
+        again = f"python train.py {shlex.quote(f'resume={folder}')}"
+        where = f"saved at step {step_of(saved)}; go on with: {again}" if saved else "before any state was saved"
         screen.print(f"interrupted ({str(e) or type(e).__name__}), {where}")
         _close_loggers(run)
-        return EXIT_CODE
+        return EXIT_CODE if saved else NOTHING_KEPT
     except torch.OutOfMemoryError:
         screen.fail(f"failed: out of memory; the same loss with less: {oom.remedy(run.config)}", traceback.format_exc())
         _close_loggers(run)

@@ -261,6 +261,27 @@ MORE_MISTAKES = {
         "data=classification | data.path=data/reviews.csv | data.labels=[good,poor]", "has the unknown label 'bad'", "try: mend them"
     ),
     "folder of a finished run": wrong("run_dir=finished", "run_dir=finished: holds a finished run", "another run_dir"),
+    "folder with other files": wrong("run_dir=data", "run_dir=data: is a folder with other files (reviews.csv)", "another run_dir"),
+    "nothing to resume": wrong("resume=required", "there is no unfinished run with an intact checkpoint", "try: resume=auto"),
+    "resume=auto in a finished run": wrong("run_dir=finished | resume=auto", "run_dir=finished: holds a finished run"),
+    "umlauts in a list": wrong(
+        "data.labels=[geht so,völlig]", "what is not plain letters and digits needs quotes", """try: 'data.labels=[geht so,"völlig"]'"""
+    ),
+    "text without quotes": wrong("The mug broke", "is not key=value", "try: quotes around a value with spaces"),
+    "column with a space": wrong(
+        "data=classification | data.path=spaces.csv | data.text_column=Review",
+        "it has Review Text, label",
+        """try: 'data.text_column="Review Text"'""",
+    ),
+    "no input column": wrong(
+        "model=mistral_qlora | data=instruction | data.path=questions.jsonl | data.prompt_column=question | data.completion_column=answer",
+        "data.input_column",
+        "try: data.input_column=null",
+    ),
+    "name of a column twice": wrong("data=classification | data.path=twice.csv", "its header line names label twice"),
+    "more rows a step than there are": wrong(
+        "trainer.batch_size=4096", "4096 x 1 x 1 devices = 4096 examples; there are 360", "try: trainer.batch_size=360"
+    ),
     "decimal comma": wrong("optimizer.lr=0,001", "several values make a grid", "try: optimizer.lr=0.001 where a number was meant, else -m"),
     "step larger than the data": wrong("data.max_train_examples=4", "16 x 1 = 16 examples", "data.max_train_examples=4", "batch_size=4"),
 }
@@ -283,6 +304,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "clash/data/sentiment.yaml": "name: sentiment\n",
         "damaged/config.yaml": "model: [\n",
         "bare/config.yaml": "seed: 3\n",
+    }
+    files |= {
+        "spaces.csv": "Review Text,label\nfine,good\npoor,bad\n",
+        "twice.csv": "text,label,label\nfine,good,bad\n",
+        "questions.jsonl": '{"question": "Why?", "answer": "So."}\n',
     }
     shipped = to_yaml(composition.compose("train", []))
     files |= {"finished/config.yaml": shipped, "finished/metrics.json": "{}", "begun/config.yaml": shipped}

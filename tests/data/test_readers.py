@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorica.config import ConfigError, DataConfig
-from lorica.data.readers import SPLIT_NAMES, Row, check_columns, read_hub, read_rows, split_files
+from lorica.config import ClassificationDataConfig, ConfigError, DataConfig
+from lorica.data.readers import SPLIT_NAMES, Row, check_columns, csv_header, read_hub, read_rows, split_files
+from lorica.data.registry import build_rows
 
 CHEAP = settings(max_examples=25, deadline=None, database=None)
 
@@ -474,3 +475,21 @@ def test_a_csv_file_may_be_separated_as_spreadsheets_do(mark: str, bom: str, tmp
     file = tmp_path / "sheet.csv"
     file.write_text(f'{bom}review{mark}stars\r\n"good{mark} really"{mark}5\r\n', encoding="utf-8", newline="")
     assert [row.fields for row in read_rows(file, None)] == [{"review": f"good{mark} really", "stars": "5"}]
+
+
+def test_the_line_that_tells_excel_what_separates_is_no_row(tmp_path: Path) -> None:
+    for line, mark in (("sep=;\n", ";"), ('"sep=,"\r\n', ","), ("SEP=|\n", "|")):
+        file = tmp_path / "a.csv"
+        file.write_text(f'{line}text{mark}label\nfine{mark}good\n"po\nor"{mark}bad\none\n', "utf-8", newline="")
+        rows = list(read_rows(file))
+        assert [row.fields for row in rows[:2]] == [{"text": "fine", "label": "good"}, {"text": "po\nor", "label": "bad"}]
+        assert [row.origin for row in rows] == ["a.csv:3", "a.csv:4", "a.csv:6"] and rows[2].fault
+        assert csv_header(file) == ["text", "label"]
+
+
+def test_what_a_spreadsheet_wrote_in_its_own_letters_is_told_how_to_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes("text,label\nschön,gut\nschlecht,übel\n".encode("cp1252"))
+    config = ClassificationDataConfig(name="x", module="classification", source="files", path=str(file))
+    with pytest.raises(ConfigError, match="iconv -f CP1252 -t UTF-8"):
+        build_rows(config).load()

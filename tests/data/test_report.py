@@ -171,6 +171,13 @@ def test_conflicting_labels_are_counted_with_their_places(labelled: Any, tokeniz
     assert any("3 texts of training with more than one label (7 rows)" in note for note in report["notes"])
 
 
+def test_a_misspelt_label_is_noted(labelled: Any, tokenizer: Any) -> None:
+    kinds = ["so good", "So good", "disappointed", "dissapointed", "fine", "file"]
+    notes = report_of(labelled([(news(i), kinds[i % 6]) for i in range(60)]), tokenizer)["notes"]
+    alike = [note for note in notes if "nearly alike" in note]
+    assert len(alike) == 2 and "the labels So good (" in alike[0] and "the labels disappointed (" in alike[1], alike
+
+
 def test_prompts_with_two_answers_are_counted(instructions: Any, tokenizer: Any) -> None:
     rows = [(news(0), "yes"), (news(0), "no"), (news(1), "yes"), (news(1), "yes")]
     found = report_of(instructions(rows), tokenizer)["conflicts"]

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorica import callbacks, durable, states
+from lorica import callbacks, checkpoints, durable, states
 from lorica.checkpoints import tensors
 from lorica.models.module import CausalLMModule, SequenceClassifierModule
 
@@ -189,7 +189,7 @@ def test_halved_micro_batches_train_the_same(tmp_path: Path, tiny_mistral: Path,
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-PLACES = ("a micro-step", "a validation", "the last validation", "the test")
+PLACES = ("a micro-step", "a validation", "the last validation", "the end", "the test")
 
 
 @pytest.mark.parametrize(
@@ -207,6 +207,7 @@ def test_a_signal_saves_and_exits_with_75_and_the_run_goes_on_to_the_same_weight
         "a micro-step": (callbacks.SeedSteps, "on_train_batch_start", 8),
         "a validation": (callbacks.Evaluate, "on_validation_batch_end", 1),
         "the last validation": (callbacks.Evaluate, "on_validation_batch_end", 2),
+        "the end": (checkpoints.Checkpoints, "on_train_end", 1),
         "the test": (callbacks.Evaluate, "on_test_epoch_start", 1),
     }[where]
     inner, calls = getattr(owner, name), [0]
@@ -224,7 +225,7 @@ def test_a_signal_saves_and_exits_with_75_and_the_run_goes_on_to_the_same_weight
         code, printed = lorica("train", *SHORT, *EVERY, *plan, f"run_dir={run}")
     assert code == 75 and f"interrupted ({signum.name}), saved at step" in printed, printed
     assert signal.getsignal(signum) == before
-    step = {"a micro-step": 3, "a validation": 2, "the last validation": 4, "the test": 4}[where]
+    step = {"a micro-step": 3, "a validation": 2, "the last validation": 4, "the end": 4, "the test": 4}[where]
     assert states.step_of(states.last_state(run) or Path()) == step
     code, printed = lorica("train", f"resume={run}")
     assert code == 0, printed

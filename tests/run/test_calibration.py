@@ -69,3 +69,11 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
         (tmp_path / calibration.FILE).write_text(damage)
         with pytest.raises(ConfigError):
             calibration.read(tmp_path)
+
+
+def test_a_risk_that_is_proposed_can_be_asked_for() -> None:
+    hopeless = calibration.Calibration(1.0, 120, 0.1, 0.1, [(0.5, 120, 120)])
+    with pytest.raises(ConfigError, match="try: more validation rows"):
+        hopeless.threshold(0.05)
+    with pytest.raises(ConfigError, match=r"try: target_risk=0\.\d+, or more validation rows"):
+        calibration.Calibration(1.0, 120, 0.1, 0.1, [(0.5, 120, 12)]).threshold(0.01)

@@ -217,6 +217,14 @@ def test_bad_rows_of_csv_stand_in_their_places_and_say_why(ending: str, model: P
     assert errors[3].endswith("not UTF-8") and errors[4].endswith("has 3 columns, not 2") and "is not csv" in errors[8]
 
 
+def test_jsonl_keeps_its_letters_and_numbers_what_no_utf8_can_be(model: Path, tmp_path: Path, lorica: Lorica) -> None:
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    file.write_text('{"text": "schön"}\n{"text": "a", "note": "\\ud800"}\n', "utf-8")
+    lorica("predict", f"run={model}", f"input={file}", f"output={out}", "accelerator=cpu")
+    first, second = out.read_text("utf-8").splitlines()
+    assert '"text": "schön"' in first and '"note": "\\ud800"' in second
+
+
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
 def test_bad_rows_of_jsonl_stand_in_their_places_and_say_why(ending: str, model: Path, tmp_path: Path, lorica: Lorica) -> None:

@@ -71,4 +71,4 @@ def test_what_is_not_sure_enough_is_left_unsaid(run: Path, tmp_path: Path, loric
     assert code == 2 and "no such sureness" in " ".join(printed.split())
     (run / "adapter" / calibration.FILE).unlink()
     code, printed = lorica(*command, "target_risk=0.05")
-    assert code == 2 and "calibration.json" in printed
+    assert code == 2 and "with 100 validation rows" in " ".join(printed.split()) and "calibration.json" in printed

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lorica.checks import nearest
+from lorica.checks import nearest, pasted
 from lorica.config import ConfigError
 from lorica.data.asking import ask_row, text_column
 from lorica.data.examples import Example
@@ -161,7 +161,7 @@ def _only_column(path: Path, task: dict[str, Any], column: str | None, fields: d
     if task.get("kind") not in ("chat", "instruction"):
         there = ", ".join(fields) or "none"
         near = nearest(name, fields) or next((known for known in (str(task.get("text_column")), "text") if known in fields), None)
-        fix = f"text_column={near}" if near else "text_column=<one of these>"
+        fix = pasted("text_column", near) if near else "text_column=<one of these>"
         raise ConfigError("text_column", name, f"{path.name} has no such column; it has {there}", fix)
     return None
 

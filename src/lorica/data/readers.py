@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorica.checks import DATA_ENDINGS, nearest
+from lorica.checks import DATA_ENDINGS, nearest, pasted
 from lorica.config import ConfigError, DataConfig
 
 SPLIT_NAMES = {
@@ -27,6 +27,7 @@ SAMPLES = Path(__file__).parent / "samples"
 # A parquet file may unpack to so many bytes: real text packs to a tenth, a few kilobytes that say one thing a billion times don't.
 MOST_UNPACKED, SMALLEST_UNPACKED = 200, 1 << 26
 PARQUET_ROWS, ROW_BYTES = 256, 300  # read at once; what each takes besides its values
+SEPARATOR = re.compile(r'"?sep=(.)"?\r?\n?', re.IGNORECASE)  # the first line of what Excel is to read
 WIDE = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # by byte order marks
 
 
@@ -77,17 +78,23 @@ def csv_header(path: Path) -> list[str]:
     """The columns that a csv file's header line names; none where it has none."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         line = file.readline()
-    return [cell.strip() for cell in next(csv.reader([line], delimiter=_delimiter(line)), [])]
+        if said := SEPARATOR.fullmatch(line):
+            line = file.readline()
+    return [cell.strip() for cell in next(csv.reader([line], delimiter=said[1] if said else _delimiter(line)), [])]
 
 
 def _csv_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, strict=True, delimiter=_delimiter(file.readline()) if columns is None else ",")
-        file.seek(0)
+        first = file.readline() if columns is None else ""
+        said = SEPARATOR.fullmatch(first)
+        above = 1 if said else 0  # lines
+        if not said:
+            file.seek(0)
+        reader = csv.reader(file, strict=True, delimiter=said[1] if said else _delimiter(first) if first else ",")
         header = columns
         while True:
-            line = reader.line_num + 1
+            line = reader.line_num + 1 + above
             origin = f"{path.name}:{line}"
             try:
                 cells = next(reader)
@@ -96,19 +103,21 @@ def _csv_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
             except csv.Error as e:
                 if header is None:
                     raise ConfigError("data.path", path, f"its header line is not csv ({e})", "mend the first line") from None
-                further = f", and takes what follows up to line {reader.line_num}" if reader.line_num > line else ""
+                further = f", and takes what follows up to line {reader.line_num + above}" if reader.line_num + above > line else ""
                 yield Row(origin, {}, f"is not csv ({e}){further}")
                 continue
             if not cells:
                 continue
             if header is None:
                 header = [c.strip() for c in cells]
+                if twice := next((name for name in header if name and header.count(name) > 1), None):
+                    raise ConfigError("data.path", path, f"its header line names {twice} twice", "another name for one of the two columns")
                 continue
             if len(cells) != len(header):
                 yield Row(origin, dict(zip(header, cells, strict=False)), f"has {len(cells)} columns, not {len(header)}")
                 continue
             whole = "".join(cells)
-            yield Row(origin, dict(zip(header, cells, strict=True)), "" if whole.isascii() or _encodable(whole) else NOT_UTF8)
+            yield Row(origin, dict(zip(header, cells, strict=True)), "" if whole.isascii() or encodable(whole) else NOT_UTF8)
 
 
 def _delimiter(header: str) -> str:
@@ -116,7 +125,7 @@ def _delimiter(header: str) -> str:
     return next((mark for mark in ",;\t" if mark in header), ",")
 
 
-def _encodable(*values: Any) -> bool:
+def encodable(*values: Any) -> bool:
     """Whether all texts, also those inside lists and objects, can be in UTF-8."""
     waiting = list(values)
     while waiting:
@@ -156,7 +165,7 @@ def _json_row(origin: str, raw: bytes) -> Row:
 def _record(origin: str, value: Any, fault: str = "") -> Row:
     if not isinstance(value, dict):
         return Row(origin, {}, fault or f"is a JSON {type(value).__name__}, not an object")
-    return Row(origin, value, fault or ("" if _encodable(*value.values()) else "has text that can't be in UTF-8"))
+    return Row(origin, value, fault or ("" if encodable(*value.values()) else "has text that can't be in UTF-8"))
 
 
 def _json_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
@@ -258,7 +267,10 @@ def check_columns(rows: Iterable[Row], needed: dict[str, str], where: str) -> No
             listing = ", ".join(map(str, there))
             free = [name for name in there if name not in needed.values()]
             near = nearest(column, free) or (free[0] if len(free) == 1 else None)
-            fix = f"{key}={near}" if near else f"{key}=<one of these>" if free else f"a file that has a column for {key}"
+            if key == "data.input_column" and not near:
+                fix = f"{key}=null, where questions have no input besides"
+            else:
+                fix = pasted(key, near) if near else f"{key}=<one of these>" if free else f"a file that has a column for {key}"
             raise ConfigError(key, column, f"{where} has no such column; it has {listing}", fix)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from difflib import SequenceMatcher
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from lorica.durable import write_json, write_text
 
 SHOWN = 5  # places named of each kind of finding
 IMBALANCE = 10  # times as many rows of one label as of another are worth a note
+MOST_COMPARED = 50  # labels that are compared with each other
 SHARE = 0.01  # of rows; fewer near duplicates, or shortened answers, are not worth a note
 
 
@@ -136,6 +139,8 @@ def _findings(data: LoricaDataModule, kinds: dict[str, str], find: Callable[[str
 def _notes(report: dict[str, Any]) -> Iterator[str]:
     """What to look at, in sentences; also printed before training."""
     rows, near = report["rows"], report["duplicates"]["near"]
+    if bad := report["skipped_bad_rows"]["count"]:
+        yield f"{_count(bad, 'bad row')} skipped"
     for pair, alike in (near["across"] if near else {}).items():
         one, other = pair.split("-")
         if one == "train" and alike > SHARE * rows[other]:
@@ -159,12 +164,22 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
         most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
         if counts[most] >= IMBALANCE * counts[least]:
             yield f"training has {counts[most]:,} rows of {most} and {counts[least]:,} of {least}"
+        for one, other in _alike(list(counts)):
+            yield f"the labels {one} ({counts[one]:,} rows) and {other} ({counts[other]:,}) are written nearly alike"
     for kind in ("mojibake", "replacement_character", "control_characters", "escapes"):
         if n := sum(report["oddities"][kind]["rows"].values()):
             yield f"{_count(n, 'row')} with {oddities.KINDS[kind]}"
     kinds = [kind for kind in ("email", "phone", "national_id", "patient_name") if report["personal"][kind]["count"]]
     if kinds:
         yield "personal data: " + ", ".join(f"{personal.KINDS[kind]} ({report['personal'][kind]['count']:,})" for kind in kinds)
+
+
+def _alike(labels: list[str]) -> Iterator[tuple[str, str]]:
+    """Labels that differ by case, or by a letter in ten: a misspelt one is a class of its own."""
+    for one, other in combinations(labels, 2) if len(labels) <= MOST_COMPARED else ():
+        first, second = one.casefold(), other.casefold()
+        if first == second or (min(len(first), len(second)) >= 5 and SequenceMatcher(None, first, second).ratio() >= 0.9):
+            yield one, other
 
 
 def _count(number: int, what: str) -> str:

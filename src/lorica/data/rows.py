@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 
 from lorica.config import ConfigError, DataConfig
 from lorica.data.examples import Example, Splits, split_examples
-from lorica.data.readers import SAMPLES, Row, check_columns, read_hub, read_rows, split_files
+from lorica.data.readers import NOT_UTF8, SAMPLES, Row, check_columns, read_hub, read_rows, split_files
 
 SHOWN_FAULTS = 3
+IN_UTF8 = "iconv -f CP1252 -t UTF-8 IN > OUT where a spreadsheet wrote the file, or data.on_bad_rows=skip"
 SMALL = 1 << 20  # bytes of files that are read whole in a blink
 FIRST_ROWS = 16
 
@@ -90,21 +91,24 @@ class Rows:
             self._refuse_faults(sum(map(len, rows.values())))
         self._splits = split_examples(examples, self.config, self.seed)
 
-    def look_ahead(self) -> None:
+    def look_ahead(self) -> bool:
         """Refuse what is seen at once: whatever is wrong with small files, columns that no row of a large one can have. Not of the hub.
 
+        Returns:
+            Whether the files were small, and everything is read.
         Raises:
             ConfigError: as `load` does.
         """
         if self.config.source == "hub":
-            return
+            return False
         files = self._files()
         if sum(file.stat().st_size for file in files.values()) <= SMALL:
             self.load()
-            return
+            return True
         for split, file in files.items():
             if file.suffix.lower() in (".csv", ".parquet"):  # all rows have the same columns
                 self._check_columns(list(islice(read_rows(file, self.config.csv_columns), FIRST_ROWS)), split)
+        return False
 
     def _check_columns(self, rows: Sequence[Row], split: str) -> None:
         check_columns(rows, self.columns(), f"the {split} file" if self.config.source == "files" else f"the {split} split")
@@ -147,7 +151,7 @@ class Rows:
             "data.on_bad_rows",
             "refuse",
             f"{len(self.faults):,} of {total:,} rows can't be used: {shown}{more}",
-            "mend them, or data.on_bad_rows=skip",
+            IN_UTF8 if any(why == NOT_UTF8 for _, why in self.faults) else "mend them, or data.on_bad_rows=skip",
         )
 
     def fault_counts(self) -> dict[str, int]:

@@ -19,6 +19,7 @@ class Card:
         memory: bytes, of all processes. capability: of CUDA, as 8.9. teraflops: dense bf16 (fp16 on older cards) with fp32 sums, by the
             maker's data sheet. watts: its limit. bandwidth: of its memory, GB/s. context: bytes that CUDA takes for itself. busy: bytes
             that other processes hold. count: of them in this machine; None where that is not known.
+        like: the card whose speed is taken for this one's, which is known by its memory alone.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Card:
     context: int = 480 << 20
     busy: int = 0
     count: int | None = None
+    like: str = ""
 
     @property
     def usable(self) -> int:
@@ -90,7 +92,8 @@ def choose(asked: GpuSettings) -> Card:
     if asked.name is not None:
         card = _named(asked.name)
     elif asked.memory_gib is not None:
-        card = replace(_like(asked.memory_gib), name=f"a card of {asked.memory_gib:g} GiB")
+        like = _like(asked.memory_gib)
+        card = replace(like, name=f"a card of {asked.memory_gib:g} GiB", like=like.name)
     else:
         card = at_hand()
     if asked.memory_gib is not None:

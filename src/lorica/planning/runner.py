@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lorica.checks import check_layers
+from lorica.checks import check_layers, check_step
 from lorica.config import ClassificationDataConfig, ConfigError, PlanConfig, TrainConfig
 from lorica.planning import cards, changes, memory, parts
 from lorica.planning.cards import GIB, Card
@@ -85,6 +85,8 @@ def run(config: PlanConfig, train: TrainConfig, as_numbers: bool = False) -> int
     check_layers(train.model, shape.layers)
     if train.trainer.fp8 and card.capability < FP8_CAPABILITY:
         raise ConfigError("trainer.fp8", True, f"{card.name} has no products in FP8 (Ada, Hopper and Blackwell have)", "trainer.fp8=false")
+    if lengths is not None:
+        check_step(train.trainer, lengths.rows, cards_used(train))
     plan = make(train, card, shape, lengths)
     found = None if plan.fit.fits else proposals(train, card, shape, lengths)
     if as_numbers:
@@ -119,8 +121,9 @@ def proposals(train: TrainConfig, card: Card, shape: Shape, lengths: Lengths | N
 
 
 def by_phase(plan: Plan) -> dict[str, memory.Parts]:
-    """Bytes of each phase, by what they are."""
-    return {name: of_phase(plan.fit.job, plan.card) for name, of_phase in memory.PHASES.items()}
+    """Bytes of each phase, by what they are; a model that is trained whole has nothing to merge."""
+    job = plan.fit.job
+    return {name: of_phase(job, plan.card) for name, of_phase in memory.PHASES.items() if name != "merge" or not job.way.full}
 
 
 def as_json(plan: Plan, found: list[Proposal] | None) -> dict[str, Any]:
@@ -177,7 +180,7 @@ def _show(plan: Plan, train: TrainConfig, config: PlanConfig, found: list[Propos
             screen.print(f"    {change.overrides[0].partition('=')[0]}: {change.price}")
         seconds = proposal.plan.pace.epoch
         slow = f", {duration(seconds)} an epoch" if seconds is not None else ""
-        screen.print(f"    then {proposal.plan.fit.peak / GIB:.2f} GiB{slow}")
+        screen.print(f"    then {proposal.plan.fit.most / GIB:.2f} GiB{slow}")
 
 
 def _later(plan: Plan) -> list[tuple[str, float]]:
@@ -219,6 +222,8 @@ def _facts(plan: Plan, train: TrainConfig, config: PlanConfig) -> list[tuple[str
         )
     )
     source = "by rates measured on an H200" if took.measured else "estimated from rates measured on an H200, +-40 %"
+    if card.like:
+        source = f"as of a {card.like}, {source}; gpu=NAME is surer"
     if took.whole is not None and took.joules is not None:
         epoch = f"{duration(took.epoch)} an epoch, " if took.epoch is not None else ""
         rows.append(("time", f"{epoch}{duration(took.whole)} of training; {took.tokens:,.0f} tokens/s ({source})"))
