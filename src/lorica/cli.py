@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import importlib
 import io
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -188,11 +189,15 @@ def _split(args: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 def _look_ahead(config: TrainConfig) -> None:
     """Refuse what files show before torch is imported, which takes seconds."""
+    from lorica import fingerprint
     from lorica.data.registry import build_rows
     from lorica.runs import refuse_unresumable
 
     if not config.drill:
         refuse_unresumable(config)
+    if config.resume not in (None, "auto", "required"):
+        began = compose("train", [f"resume={json.dumps(config.resume, ensure_ascii=False)}"])
+        fingerprint.check_same(config.resume, fingerprint.of_configuration(began), fingerprint.of_configuration(config))
     rows = build_rows(config.data, config.seed)
     if rows.look_ahead():
         check_step(config.trainer, len(rows.splits.train))

@@ -1,4 +1,5 @@
-"""What a run was made for: configuration, data, plan, machine, versions. A resumed run agrees with it, or is refused with what differs."""
+"""What a run was made for: configuration, data, plan, machine, versions. A resumed run agrees with it, or is refused with what differs.
+No torch."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ from lorica.config import ConfigError, TrainConfig
 from lorica.data.batching import PLAN_VERSION
 from lorica.data.token_cache import content_hash
 from lorica.durable import sha256
-from lorica.hardware import Machine
 
 if TYPE_CHECKING:
     from lorica.data.module import LoricaDataModule
+    from lorica.hardware import Machine
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "numpy")
 # What a run may go on with another value of: where things go, how often, how far, how fast. Where data and weights come from is

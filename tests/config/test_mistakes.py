@@ -282,6 +282,11 @@ MORE_MISTAKES = {
     "more rows a step than there are": wrong(
         "trainer.batch_size=4096", "4096 x 1 x 1 devices = 4096 examples; there are 360", "try: trainer.batch_size=360"
     ),
+    "another adapter for a run that goes on": wrong(
+        "resume=going | model.lora.r=32",
+        "can't go on to the same weights: model.lora.r (8 then, 32 now)",
+        "with nothing else, or a new run",
+    ),
     "decimal comma": wrong("optimizer.lr=0,001", "several values make a grid", "try: optimizer.lr=0.001 where a number was meant, else -m"),
     "step larger than the data": wrong("data.max_train_examples=4", "16 x 1 = 16 examples", "data.max_train_examples=4", "batch_size=4"),
 }
@@ -312,6 +317,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     shipped = to_yaml(composition.compose("train", []))
     files |= {"finished/config.yaml": shipped, "finished/metrics.json": "{}", "begun/config.yaml": shipped}
+    files |= {"going/config.yaml": shipped, "going/checkpoints/step-000003.ckpt": ""}
     files |= {"large/train.csv": "text,label\n" + "fine,good\npoor,bad\n" * 60_000}
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
