@@ -413,7 +413,9 @@ class TrainConfig:
     """`lorica train`."""
 
     seed: int = key(0, "every random draw follows from it", low=0, high=2**32 - 1)
-    run_dir: str | None = key(None, "where the run is written: a new or empty folder, or that of a run that did not finish; null: outputs/<data>-<model>/<time>")
+    run_dir: str | None = key(
+        None, "where the run is written: a new or empty folder, or that of a run that did not finish; null: outputs/<data>-<model>/<time>"
+    )
     resume: str | None = key(
         None, "auto: go on from the newest unfinished run, or start fresh; required: refuse without one; or the folder of an unfinished run"
     )

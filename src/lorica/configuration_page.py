@@ -64,7 +64,7 @@ loaded, with the key, the value, the rule and what to type instead.
 | 1 | training failed (train.log has the traceback), or runs of a grid, rows of a file, a check of `doctor`; a `plan` does not fit |
 | 2 | the configuration, a file or the machine can't be used for this |
 | 75 | asked to stop; what is done is kept: `train` goes on with `resume=auto`, `predict` with the same command |
-| 130 | interrupted, with nothing kept |
+| 130 | interrupted by Ctrl-C before there was anything to keep |
 
 | environment variable | meaning |
 |---|---|

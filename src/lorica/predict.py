@@ -28,7 +28,8 @@ quiet_libraries()
 
 
 def run(config: PredictConfig) -> int:
-    """Answer, print or write. Returns 0; 1 when rows of the input could not be answered (they say why); 75 when asked to stop.
+    """Answer, print or write. Returns 0; 1 when rows of the input could not be answered (they say why); 75 when asked to stop
+    (130: by Ctrl-C before any row was answered).
 
     Raises:
         ConfigError: no weights, no text column, columns with the names of ours, a base that can't be had, an output that another
@@ -45,7 +46,7 @@ def run(config: PredictConfig) -> int:
         return _answer_file(config, Screen(), stop)
     except Interrupted as e:  # before there was anything to keep
         print(f"lorica: {e}: interrupted before any row was answered", file=sys.stderr)
-        return EXIT_CODE
+        return e.exit_code(kept=False)
     finally:
         stop.close()
 

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -17,7 +18,7 @@ from lorica.config import ConfigError, TrainConfig
 from lorica.durable import write_json, write_text
 from lorica.runs import Held, begin, point_latest
 from lorica.screen import Screen, duration, quiet_libraries
-from lorica.signals import EXIT_CODE, NOTHING_KEPT, Interrupted, Stop
+from lorica.signals import Interrupted, Stop
 from lorica.states import last_state, step_of
 
 quiet_libraries()
@@ -53,8 +54,8 @@ def run(config: TrainConfig, besides: Sequence[Callback] = ()) -> int:
     Args:
         besides: callbacks that look on, called before ours after each micro-step.
     Returns:
-        0; 1 when training failed (its traceback is in train.log); 75 when it was asked to stop and
-            its state is saved, 130 where nothing was.
+        0; 1 when training failed (its traceback is in train.log); 75 when it was asked to stop, or 130
+            where that was Ctrl-C before any state was saved.
     Raises:
         ConfigError: data, model or hardware can't do what is asked; a folder that was made for the run by its time is removed again,
             unless it holds the data report that says why.
@@ -72,7 +73,7 @@ def run(config: TrainConfig, besides: Sequence[Callback] = ()) -> int:
         return _guarded(the_run, existed)
     except Interrupted as e:  # before there was a run
         print(f"lorica: {e}: interrupted before any state was saved", file=sys.stderr)
-        return NOTHING_KEPT
+        return e.exit_code(kept=False)
     finally:
         stop.close()
         if the_run is not None:
@@ -111,7 +112,7 @@ def _guarded(run: Run, existed: bool) -> int:
         where = f"saved at step {step_of(saved)}; go on with: {again}" if saved else "before any state was saved"
         screen.print(f"interrupted ({str(e) or type(e).__name__}), {where}")
         _close_loggers(run)
-        return EXIT_CODE if saved else NOTHING_KEPT
+        return (e if isinstance(e, Interrupted) else Interrupted(signal.SIGINT)).exit_code(kept=saved is not None)
     except torch.OutOfMemoryError:
         screen.fail(f"failed: out of memory; the same loss with less: {oom.remedy(run.config)}", traceback.format_exc())
         _close_loggers(run)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from lorica import callbacks, checkpoints, durable, states
 from lorica.checkpoints import tensors
+from lorica.models import fitting
 from lorica.models.module import CausalLMModule, SequenceClassifierModule
 
 Lorica = Callable[..., tuple[int, str]]
@@ -369,3 +370,18 @@ def test_a_manifest_can_t_name_what_is_outside_its_folder(tmp_path: Path) -> Non
     for name in ("../outside", "/etc/passwd", "a/../../b"):
         (tmp_path / durable.MANIFEST).write_text(durable.manifest({name: "0" * 64}))
         assert "outside its folder" in durable.damage(tmp_path / durable.MANIFEST)
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_before_there_is_anything_to_save_is_said_to(
+    signum: signal.Signals, tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = fitting.prepare
+
+    def interrupted(*args: Any) -> None:
+        os.kill(os.getpid(), signum)
+        inner(*args)
+
+    monkeypatch.setattr(fitting, "prepare", interrupted)
+    code, printed = lorica("train", *SHORT, f"run_dir={tmp_path / 'run'}")
+    assert code == (130 if signum == signal.SIGINT else 75) and "before any state was saved" in printed, printed
