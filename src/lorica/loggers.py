@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import secrets
 import shlex
@@ -63,7 +64,9 @@ def _wandb(config: TrainConfig, settings: WandbLoggerConfig, run_dir: Path, run_
             config=redact_tree(dataclasses.asdict(config)),
             settings=wandb.Settings(console="off", init_timeout=INIT_SECONDS, disable_git=True, save_code=False, silent=True),
         )
-        _ = logger.experiment
+        verbose = os.environ.get("LORICA_VERBOSE")
+        with contextlib.nullcontext() if verbose else contextlib.redirect_stderr(io.StringIO()):  # it warns of what Lightning gives it
+            _ = logger.experiment
         return logger
 
     try:
