@@ -20,6 +20,7 @@ from lorica.data.readers import Row, encodable
 
 QUOTE = '"'  # around a csv file's cell; inside one it stands twice
 ROW_GROUP = 1 << 16  # rows of a parquet file that lie together, at least
+LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # some readers take these for ends of lines
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Layout:
             line = json.dumps(record, ensure_ascii=False, default=str)
             if not line.isascii() and not encodable(line):  # what can't be in UTF-8 is kept as its number
                 line = json.dumps(record, ensure_ascii=True, default=str)
-            yield line + "\n"
+            yield line.translate(LINE_ENDS) + "\n"
 
     def _csv(self, rows: Sequence[Row], answers: Mapping[int, Answer], faults: Mapping[int, str]) -> Iterator[str]:
         names = list(self.survey.columns)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.config import DataConfig, WandbLoggerConfig
-from lorica.data.registry import build_rows
+from lorica.data.registry import look_ahead
 from lorica.durable import write_json
 from lorica.runs import FAILED
 from lorica.screen import Screen
@@ -58,9 +58,8 @@ def run_missing(
     """
     looked_at: list[DataConfig] = []
     for cell in cells:
-        data = compose(list(cell.overrides)).data
-        if data not in looked_at:
-            build_rows(data).look_ahead()
+        if not (folder / cell.name / "metrics.json").is_file() and (data := compose(list(cell.overrides)).data) not in looked_at:
+            look_ahead(data)
             looked_at.append(data)
     for number, cell in enumerate(cells, 1):
         run_dir = folder / cell.name

@@ -427,10 +427,10 @@ def _check_distillation(config: TrainConfig) -> None:
 
 
 def pasted(key: str, value: str) -> str:
-    """key=value as it is pasted into a shell: what Hydra's grammar does not take as it is stands in quotes."""
-    if re.fullmatch(r"[\w./:@+-]+", value, re.ASCII):
+    """key=value as it is pasted into a shell: a text that Hydra's grammar would not take as it stands is in quotes."""
+    if re.fullmatch(r"[A-Za-z_./][\w./:@+-]*", value, re.ASCII) and value.lower() not in ("null", "true", "false", "nan", "inf"):
         return f"{key}={value}"
-    inner = value.replace("\\", "\\\\").replace('"', '\\"')
+    inner = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value)  # a backslash is one elsewhere
     return shlex.quote(f'{key}="{inner}"')
 
 

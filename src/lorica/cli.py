@@ -7,7 +7,6 @@ import dataclasses
 import gc
 import importlib
 import io
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -38,7 +37,8 @@ lorica VERB --help lists the groups and keys of a verb; --cfg job shows what wou
 
 
 def main(verb: str | None = None, argv: Sequence[str] | None = None) -> NoReturn:
-    """Run one verb and exit: 0 done, 1 failed, 2 the user's configuration or files can't be used, 75 asked to stop and saved."""
+    """Run one verb and exit: 0 done, 1 failed, 2 the user's configuration or files can't be used, 75 asked to
+    stop and saved, 130 interrupted with nothing saved."""
     args = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -190,17 +190,18 @@ def _split(args: list[str]) -> tuple[list[str], dict[str, Any]]:
 def _look_ahead(config: TrainConfig) -> None:
     """Refuse what files show before torch is imported, which takes seconds."""
     from lorica import fingerprint
-    from lorica.data.registry import build_rows
-    from lorica.runs import refuse_unresumable
+    from lorica.data.registry import look_ahead
+    from lorica.runs import recorded, refuse_at_once
 
     if not config.drill:
-        refuse_unresumable(config)
+        refuse_at_once(config)
     if config.resume not in (None, "auto", "required"):
-        began = compose("train", [f"resume={json.dumps(config.resume, ensure_ascii=False)}"])
-        fingerprint.check_same(config.resume, fingerprint.of_configuration(began), fingerprint.of_configuration(config))
-    rows = build_rows(config.data, config.seed)
-    if rows.look_ahead():
-        check_step(config.trainer, len(rows.splits.train))
+        now = fingerprint.of_configuration(config)
+        began = recorded(Path(config.resume))
+        fingerprint.check_same(config.resume, {key: began[key] for key in now if key in began}, now)
+    rows = look_ahead(config.data, config.seed)
+    if rows is not None and not config.data.report_only:
+        check_step(config.trainer, rows)
 
 
 def _screen(verb: str, what: str, overrides: list[str], config_dir: str | None) -> str:

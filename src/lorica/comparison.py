@@ -6,7 +6,6 @@ Everything is read from run folders: metrics.json, metrics.csv, predictions.json
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lorica import calibration, statistics
+from lorica.checks import pasted
 from lorica.config import ConfigError
 from lorica.metrics_log import read_metrics
 from lorica.runs import weights_folder
@@ -103,10 +103,10 @@ def read(run: Path, name: str) -> Compared:
     """
     finished = run / "metrics.json"
     if not finished.is_file():
-        fix = f"python train.py {shlex.quote(f'resume={run}')}" if last_state(run) is not None else "the folder of a finished run"
+        fix = f"python train.py {pasted('resume', str(run))}" if last_state(run) is not None else "the folder of a finished run"
         raise ConfigError("runs", run, "is no finished run: it has no metrics.json", fix)
     answers = run / "predictions.jsonl"
-    rows = [json.loads(line) for line in answers.read_text("utf-8").splitlines()] if answers.is_file() else []
+    rows = [json.loads(line) for line in answers.read_text("utf-8").split("\n") if line] if answers.is_file() else []
     if not rows or any(row.get("label") is None or "probabilities" not in row for row in rows):
         raise ConfigError("runs", run, "has no test rows with labels to compare", "a run on labelled data, with test rows")
     labels = list(rows[0]["probabilities"])

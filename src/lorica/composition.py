@@ -150,15 +150,16 @@ def _parse(verb: str, args: Sequence[str], config_dir: str | None) -> tuple[list
             continue
         try:
             override = parser.parse_override(text)
-        except HydraException:
+        except HydraException as e:
             where, _, value = text.partition("=")
             if "=" not in text:
                 group = next((g for g, names in options.items() if where in names), None)
-                fix = f"{group}={where}" if group else f"{where}=..." if where.isidentifier() else "quotes around a value with spaces"
+                fix = f"{group}={where}" if group else "quotes around a value with spaces" if " " in where else f"{where}=..."
                 raise ConfigError(where, None, "is not key=value", fix) from None
-            raise ConfigError(
-                where, value, "can't be read: what is not plain letters and digits needs quotes", _quoted(where, value)
-            ) from None
+            if quoted := _quoted(where, value, parser):
+                raise ConfigError(where, value, "can't be read: what is not plain letters and digits needs quotes", quoted) from None
+            why = str(e).splitlines()[0].partition(" expecting")[0]
+            raise ConfigError(where, value, f"can't be read ({why})", "docs/configuration.md says how values are written") from None
         name = override.key_or_group
         if override.is_delete():
             instead = "..." if name in options and name not in OPTIONAL_GROUPS else "null"
@@ -167,7 +168,7 @@ def _parse(verb: str, args: Sequence[str], config_dir: str | None) -> tuple[list
             raise ConfigError(f"{name}@{override.package}", override.value(), "groups stay where they are", f"{name}={override.value()}")
         if override.is_sweep_override():
             value, fix = override.get_value_string(), f"-m {text}" if verb == "train" else "one value"
-            if re.fullmatch(r"-?0,\d+", value):
+            if re.fullmatch(r"-?0,\d+", value) and _is_fraction(verb, name):
                 fix = f"{name}={value.replace(',', '.')} where a number was meant, else {fix}"
             raise ConfigError(name, value, "several values make a grid", fix)
         if name in options and not isinstance(override.value(), dict):
@@ -205,13 +206,29 @@ def _as_text(value: str) -> str:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
 
 
-def _quoted(key: str, value: str) -> str:
-    """key=value as a shell and Hydra's grammar take it: texts with other than plain letters and digits in quotes, in a list each."""
-    if not (value.startswith("[") and value.endswith("]")):
-        return pasted(key, value)
-    words = [word.strip() for word in value[1:-1].split(",")]
-    plain = re.compile(r"[\w .+-]*", re.ASCII)
-    return shlex.quote(f"{key}=[{','.join(w if plain.fullmatch(w) else json.dumps(w, ensure_ascii=False) for w in words)}]")
+def _quoted(key: str, value: str, parser: Any) -> str:
+    """key=value as a shell and Hydra's grammar take it: texts with other than plain letters and digits in quotes, in a list each; or ""."""
+    from hydra.errors import HydraException
+
+    proposal = pasted(key, value)
+    if value[:1] in "[{":
+        words = [word.strip() for word in value[1:-1].split(",")]
+        if value[-1] != "]" or any(set(word) & set("[]{}'\"") for word in words):
+            return ""
+        plain = re.compile(r"[\w .+-]*", re.ASCII)
+        proposal = shlex.quote(f"{key}=[{','.join(w if plain.fullmatch(w) else json.dumps(w, ensure_ascii=False) for w in words)}]")
+    try:
+        parser.parse_override(shlex.split(proposal)[0])
+    except HydraException:
+        return ""
+    return proposal
+
+
+def _is_fraction(verb: str, key: str) -> bool:
+    """Whether a key of the schema takes numbers with decimals."""
+    holder = schema_keys(VERBS[verb]).get(key)
+    hint = typing.get_type_hints(holder)[key.rpartition(".")[2]] if holder is not None else None
+    return float in (hint, *typing.get_args(hint))
 
 
 def _check_text(config: PredictConfig) -> None:

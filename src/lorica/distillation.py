@@ -20,6 +20,7 @@ import torch
 from lorica import caches, fingerprint, hardware, plain_yaml
 from lorica.answered_parts import identity_of
 from lorica.answering import Predictor
+from lorica.checks import pasted
 from lorica.config import ConfigError, DistillationConfig
 from lorica.data import token_cache
 from lorica.data.asking import ask_text
@@ -99,7 +100,7 @@ def find(settings: DistillationConfig, labels: Sequence[str]) -> Teacher:
     assert settings.teacher is not None
     path = Path(settings.teacher).expanduser()
     if unfinished(path):
-        raise ConfigError(KEY, path, "is a run that is not finished", f"python train.py resume={path}")
+        raise ConfigError(KEY, path, "is a run that is not finished", f"python train.py {pasted('resume', str(path))}")
     try:
         opened = open_trained(path)
     except ConfigError as e:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lorica
-from lorica.checks import walk
+from lorica.checks import pasted, walk
 from lorica.config import ConfigError, TrainConfig
 from lorica.data.batching import PLAN_VERSION
 from lorica.data.token_cache import content_hash
@@ -127,5 +127,5 @@ def check_same(folder: object, then: dict[str, Any], now: dict[str, Any]) -> Non
             "resume",
             folder,
             f"the run can't go on to the same weights: {'; '.join(differing)}",
-            f"resume={folder} with nothing else, or a new run",
+            f"{pasted('resume', str(folder))} with nothing else, or a new run",
         )

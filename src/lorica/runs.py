@@ -16,20 +16,33 @@ import fcntl
 import json
 import os
 import platform
-import shlex
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lorica import beside_weights
+from lorica import beside_weights, plain_yaml
+from lorica.checks import pasted
 from lorica.config import ConfigError, TrainConfig
 from lorica.durable import write_text
-from lorica.secrets import redact, redact_tree
+from lorica.secrets import REDACTED, redact, redact_tree
 from lorica.states import last_state, newest_intact, put_away
 
 GRIDS, COMPARISONS = Path("outputs") / "grids", Path("outputs") / "compare"
-FAILED = "failed.json"  # how a run of a grid or a comparison ended that did not begin
+FAILED = "failed.json"  # how a run of a grid or a comparison failed
+WRITTEN = (  # what a run writes over, of what others may have in a folder, too
+    *(
+        "config.yaml",
+        "train.log",
+        "metrics.csv",
+        "predictions.jsonl",
+        "environment.json",
+        "curves.png",
+        "confusion.png",
+        "token_contract.json",
+    ),
+    *("data_report.json", "data_report.md", "data_report.html", "adapter", "model", "checkpoints"),
+)
 TASK_FILE = "lorica.json"  # beside an adapter's or a model's weights: what it answers and how it is asked
 
 
@@ -87,20 +100,21 @@ def refuse_taken(folder: Path) -> None:
         raise ConfigError("run_dir", folder, "holds a finished run", fix)
     if folder.exists() and not folder.is_dir():
         raise ConfigError("run_dir", folder, "is a file", fix)
-    ours = any((folder / name).exists() for name in (".hydra", FAILED))
-    if not ours and folder.is_dir() and (others := sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))):
-        raise ConfigError("run_dir", folder, f"is a folder with other files ({', '.join(others[:3])}{', ...' if others[3:] else ''})", fix)
+    there = sorted(path.name for path in folder.glob("*") if path.name in WRITTEN)
+    ours = any((folder / name).exists() for name in (".hydra/lock", FAILED)) or {"config.yaml", "checkpoints"} <= set(there)
+    if there and not ours:
+        raise ConfigError("run_dir", folder, f"has {', '.join(there)}, of no run, which would be overwritten", fix)
 
 
-def refuse_unresumable(config: TrainConfig) -> None:
+def refuse_at_once(config: TrainConfig) -> None:
     """What `begin` would refuse, as far as it is seen without reading states.
 
     Raises:
         ConfigError: the folder is taken; there is nothing to resume where that was required.
     """
-    if config.resume == "required" and not _unfinished(_candidates(config)):
+    if config.resume == "required" and not _with_states(_candidates(config)):
         raise _nothing_to_resume(config, [])
-    if config.resume in (None, "auto") and config.run_dir is not None and not _unfinished([Path(config.run_dir)]):
+    if config.resume in (None, "auto") and config.run_dir is not None and not _with_states([Path(config.run_dir)]):
         refuse_taken(Path(config.run_dir))
 
 
@@ -110,7 +124,7 @@ def _family(config: TrainConfig) -> Path:
 
 def _resumable(config: TrainConfig, notes: list[str]) -> Beginning | None:
     """The unfinished run to go on with, at its newest intact state."""
-    for folder in _unfinished(_candidates(config)):
+    for folder in _with_states(_candidates(config)):
         held = Held(folder)
         checkpoint, damaged = newest_intact(folder)
         notes += [f"{what}; it was set aside as damaged-*" for what in damaged]
@@ -126,8 +140,8 @@ def _candidates(config: TrainConfig) -> list[Path]:
     return [Path(config.run_dir)] if config.run_dir else _newest_first(_family(config))
 
 
-def _unfinished(folders: list[Path]) -> list[Path]:
-    """Those with a state to go on from."""
+def _with_states(folders: list[Path]) -> list[Path]:
+    """The unfinished ones with a state to go on from."""
     return [folder for folder in folders if last_state(folder) is not None and not (folder / "metrics.json").exists()]
 
 
@@ -211,6 +225,21 @@ def write_config(folder: Path, config: TrainConfig, argv: list[str]) -> None:
     write_text(folder / ".hydra" / "config.yaml", to_yaml(config))
 
 
+def recorded(folder: Path) -> dict[str, Any]:
+    """Key -> value of a run's config.yaml, but for what was redacted."""
+    found: dict[str, Any] = {}
+
+    def add(prefix: str, node: dict[str, Any]) -> None:
+        for name, value in node.items():
+            if isinstance(value, dict):
+                add(f"{prefix}{name}.", value)
+            elif REDACTED not in str(value):
+                found[f"{prefix}{name}"] = value
+
+    add("", plain_yaml.read(folder / "config.yaml", "resume", "resume=auto"))
+    return found
+
+
 def to_yaml(config: Any) -> str:
     """A configuration as YAML, secrets redacted."""
     import yaml
@@ -239,13 +268,13 @@ def weights_folder(run: Path) -> Path:
     for folder in (run / "adapter", run / "model", run):
         if (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
             return folder
-    unfinished = " yet; the run is unfinished" if (run / "config.yaml").is_file() else ""
+    yet = " yet; the run is unfinished" if (run / "config.yaml").is_file() else ""
     raise ConfigError(
         "run",
         run,
-        f"has no adapter or model{unfinished}",
-        f"python train.py {shlex.quote(f'resume={run}')}, then this"
-        if unfinished and last_state(run) is not None
+        f"has no adapter or model{yet}",
+        f"python train.py {pasted('resume', str(run))}, then this"
+        if yet and last_state(run) is not None
         else "the folder of a finished run, an adapter folder or a merged model",
     )
 
@@ -254,7 +283,8 @@ def unfinished(run: Path) -> str | None:
     """What is said to who asks a run that is not finished; None for a finished run, an adapter or a merged model."""
     if not (run / "config.yaml").is_file() or (run / "metrics.json").is_file():
         return None
-    return f"the run is not finished: these are its best weights so far (python train.py {shlex.quote(f'resume={run}')} goes on with it)"
+    goes_on = f" (python train.py {pasted('resume', str(run))} goes on with it)" if last_state(run) is not None else ""
+    return f"the run is not finished: these are its best weights so far{goes_on}"
 
 
 def read_task(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lorica.checks import pasted
 from lorica.config import ConfigError, TrainConfig
 from lorica.durable import write_json, write_text
 from lorica.runs import Held, begin, point_latest
@@ -108,7 +108,7 @@ def _guarded(run: Run, existed: bool) -> int:
     except (Interrupted, KeyboardInterrupt, SystemExit) as e:
         run.stop.ignore()
         saved = last_state(folder)
-        again = f"python train.py {shlex.quote(f'resume={folder}')}"
+        again = f"python train.py {pasted('resume', str(folder))}"
         where = f"saved at step {step_of(saved)}; go on with: {again}" if saved else "before any state was saved"
         screen.print(f"interrupted ({str(e) or type(e).__name__}), {where}")
         _close_loggers(run)

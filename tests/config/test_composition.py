@@ -21,7 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lorica import cli, composition, help_screen, options
-from lorica.checks import check
+from lorica.checks import check, pasted
 from lorica.config import ConfigError, NotApplicable, TrainConfig, TrainerConfig, fill_recommended
 from lorica.runs import to_yaml
 
@@ -581,6 +581,45 @@ def test_the_shell_completes_options_and_keys(typed: str, offered: str) -> None:
     environment = {**os.environ, "COMP_LINE": f"python {typed}", "COMP_POINT": str(len(f"python {typed}"))}
     done = subprocess.run([sys.executable, str(script), "-sc", "query=bash"], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, offered), done.stderr
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["a", "a b", 'say "it"', "a\\b", "end\\", '\\"', "null", "True", "1e3", "1_0", "007", "ö", "a,b", "[x]", "${y}", "x=y", "/t/a-b_1.csv"],
+)
+def test_a_proposal_is_read_as_the_text_it_stands_for(value: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (typed,) = shlex.split(pasted("resume", value))
+    assert OverridesParser.create().parse_override(typed).value() == value
+
+
+def test_a_run_goes_on_where_its_files_are_elsewhere_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.csv").write_text("text,label\nfine,good\npoor,bad\n" * 20)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "step-000003.ckpt").touch()
+    (run / "config.yaml").write_text(to_yaml(compose("data=classification", "data.path=old.csv")), "utf-8")
+    (tmp_path / "old.csv").rename(tmp_path / "new.csv")
+    (tmp_path / "verb.py").write_text("def run(config):\n    return 7\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(cli.RUNNERS, "train", "verb")
+    for more, code in (["data.path=new.csv"], 7), (["data.path=new.csv", "optimizer.lr=1"], 2):
+        with pytest.raises(SystemExit) as end:
+            cli.main("train", [f"resume={run}", *more])
+        assert end.value.code == code
+
+
+def test_a_report_of_fewer_rows_than_a_step_takes_can_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "small.csv").write_text("text,label\nfine,good\npoor,bad\n")
+    (tmp_path / "verb.py").write_text("def run(config):\n    return 7\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(cli.RUNNERS, "train", "verb")
+    for more, code in (["data.report_only=true"], 7), ([], 2):
+        with pytest.raises(SystemExit) as end:
+            cli.main("train", ["data=classification", f"data.path={tmp_path / 'small.csv'}", "trainer.batch_size=16", *more])
+        assert end.value.code == code
 
 
 def test_a_verb_is_imported_without_looking_for_garbage_and_run_with_it(tmp_path: Path) -> None:

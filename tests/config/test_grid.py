@@ -204,6 +204,21 @@ def test_each_cell_is_a_process_with_its_own_folder(start: Any, here: Path, caps
     assert "failed" not in capsys.readouterr().out
 
 
+def test_rows_are_looked_at_before_any_run_and_not_for_those_that_are_done(
+    start: Any, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = start(lambda config: {"val/loss_best": 1.0})
+    (here / "rows.csv").write_text("text,label\nfine,good\npoor,bad\n")
+    grid = ["seed=1,2", "data=classification", "data.path=rows.csv"]
+    with pytest.raises(ConfigError, match="data.label_column=stars: the train file has no such column"):
+        run_grid([*grid, "data.label_column=stars"], compose)
+    assert runs.seeds == []
+    assert run_grid(grid, compose) == 0
+    (here / "rows.csv").write_text("other\nfine\n")
+    assert run_grid(grid, compose) == 0
+    assert runs.seeds == [1, 2] and capsys.readouterr().out.count("done before") == 2
+
+
 def test_a_dropped_key_is_said_before_the_runs(start: Any, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = start(lambda config: {"val/loss_best": 1.0})
     assert run_grid(["model=minilm_lora,minilm_full", "model.lora.r=4,8"], compose) == 0

@@ -261,7 +261,9 @@ MORE_MISTAKES = {
         "data=classification | data.path=data/reviews.csv | data.labels=[good,poor]", "has the unknown label 'bad'", "try: mend them"
     ),
     "folder of a finished run": wrong("run_dir=finished", "run_dir=finished: holds a finished run", "another run_dir"),
-    "folder with other files": wrong("run_dir=data", "run_dir=data: is a folder with other files (reviews.csv)", "another run_dir"),
+    "folder with others' files": wrong(
+        "run_dir=bare", "run_dir=bare: has config.yaml, of no run, which would be overwritten", "another run_dir"
+    ),
     "nothing to resume": wrong("resume=required", "there is no unfinished run with an intact checkpoint", "try: resume=auto"),
     "resume=auto in a finished run": wrong("run_dir=finished | resume=auto", "run_dir=finished: holds a finished run"),
     "umlauts in a list": wrong(
@@ -278,7 +280,10 @@ MORE_MISTAKES = {
         "data.input_column",
         "try: data.input_column=null",
     ),
-    "name of a column twice": wrong("data=classification | data.path=twice.csv", "its header line names label twice"),
+    "name of a column twice": wrong("data=classification | data.path=twice.csv", "twice.csv has 2 columns of that name", "other names"),
+    "dotted key without a value": wrong("model.lora.r", "model.lora.r: is not key=value", "try: model.lora.r=..."),
+    "list without its end": wrong("trainer.devices=[0,1", "trainer.devices=[0,1: can't be read (", "docs/configuration.md"),
+    "integers without -m": wrong("seed=0,1", "several values make a grid", "try: -m seed=0,1"),
     "more rows a step than there are": wrong(
         "trainer.batch_size=4096", "4096 x 1 x 1 devices = 4096 examples; there are 360", "try: trainer.batch_size=360"
     ),

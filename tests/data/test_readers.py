@@ -493,3 +493,8 @@ def test_what_a_spreadsheet_wrote_in_its_own_letters_is_told_how_to_be_read(tmp_
     config = ClassificationDataConfig(name="x", module="classification", source="files", path=str(file))
     with pytest.raises(ConfigError, match="iconv -f CP1252 -t UTF-8"):
         build_rows(config).load()
+    file.write_bytes(
+        file.read_bytes() + "größer,gut\nkleiner,übel\n".encode()
+    )  # most of it is UTF-8: another encoding would spoil the rest
+    with pytest.raises(ConfigError, match="try: mend them"):
+        build_rows(config).load()

@@ -175,6 +175,8 @@ def test_a_misspelt_label_is_noted(labelled: Any, tokenizer: Any) -> None:
     kinds = ["so good", "So good", "disappointed", "dissapointed", "fine", "file"]
     notes = report_of(labelled([(news(i), kinds[i % 6]) for i in range(60)]), tokenizer)["notes"]
     alike = [note for note in notes if "nearly alike" in note]
+    numbered = report_of(labelled([(news(i), f"category_{i % 20:02}") for i in range(60)]), tokenizer)["notes"]
+    assert not any("nearly alike" in note for note in numbered)
     assert len(alike) == 2 and "the labels So good (" in alike[0] and "the labels disappointed (" in alike[1], alike
 
 

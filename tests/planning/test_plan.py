@@ -156,7 +156,9 @@ def test_two_cards_take_half_the_time_of_an_epoch_and_as_much_of_each() -> None:
 def test_all_devices_are_those_of_the_machine(lorica: Lorica, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner.cards, "choose", lambda asked: replace(CARDS["l4_24gb"], count=4))
     wanted = ("plan", "model=mistral_qlora", "data=healthcare_qa", "--json")
-    assert lorica(*wanted, "trainer.devices=-1")[1] == lorica(*wanted, "trainer.devices=4")[1]
+    said = json.loads(lorica(*wanted, "trainer.devices=-1")[1])
+    assert said == json.loads(lorica(*wanted, "trainer.devices=4")[1])
+    assert said["time"]["tokens"] == pytest.approx(4 * json.loads(lorica(*wanted, "trainer.cuda_graphs=false")[1])["time"]["tokens"])
 
 
 def test_fp8_is_faster_where_there_is_any(lorica: Lorica) -> None:

@@ -219,9 +219,10 @@ def test_bad_rows_of_csv_stand_in_their_places_and_say_why(ending: str, model: P
 
 def test_jsonl_keeps_its_letters_and_numbers_what_no_utf8_can_be(model: Path, tmp_path: Path, lorica: Lorica) -> None:
     file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    file.write_text('{"text": "schön"}\n{"text": "a", "note": "\\ud800"}\n', "utf-8")
+    file.write_text('{"text": "schön"}\n{"text": "a", "note": "\\ud800"}\n{"text": "one\\u2028line"}\n', "utf-8")
     lorica("predict", f"run={model}", f"input={file}", f"output={out}", "accelerator=cpu")
-    first, second = out.read_text("utf-8").splitlines()
+    first, second, third = out.read_text("utf-8").splitlines()
+    assert json.loads(third)["text"] == "one\u2028line"
     assert '"text": "schön"' in first and '"note": "\\ud800"' in second
 
 

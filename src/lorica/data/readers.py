@@ -27,7 +27,7 @@ SAMPLES = Path(__file__).parent / "samples"
 # A parquet file may unpack to so many bytes: real text packs to a tenth, a few kilobytes that say one thing a billion times don't.
 MOST_UNPACKED, SMALLEST_UNPACKED = 200, 1 << 26
 PARQUET_ROWS, ROW_BYTES = 256, 300  # read at once; what each takes besides its values
-SEPARATOR = re.compile(r'"?sep=(.)"?\r?\n?', re.IGNORECASE)  # the first line of what Excel is to read
+SEPARATOR = re.compile(r'"?sep=(.)"?[,;]*\r?\n?', re.IGNORECASE)  # the first line of what Excel is to read
 WIDE = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # by byte order marks
 
 
@@ -86,12 +86,12 @@ def csv_header(path: Path) -> list[str]:
 def _csv_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        first = file.readline() if columns is None else ""
+        first = file.readline()
         said = SEPARATOR.fullmatch(first)
         above = 1 if said else 0  # lines
         if not said:
             file.seek(0)
-        reader = csv.reader(file, strict=True, delimiter=said[1] if said else _delimiter(first) if first else ",")
+        reader = csv.reader(file, strict=True, delimiter=said[1] if said else _delimiter(first) if columns is None else ",")
         header = columns
         while True:
             line = reader.line_num + 1 + above
@@ -110,8 +110,6 @@ def _csv_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
                 continue
             if header is None:
                 header = [c.strip() for c in cells]
-                if twice := next((name for name in header if name and header.count(name) > 1), None):
-                    raise ConfigError("data.path", path, f"its header line names {twice} twice", "another name for one of the two columns")
                 continue
             if len(cells) != len(header):
                 yield Row(origin, dict(zip(header, cells, strict=False)), f"has {len(cells)} columns, not {len(header)}")

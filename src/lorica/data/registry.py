@@ -48,6 +48,18 @@ def build_rows(config: DataConfig, seed: int = 0) -> Rows:
     return rows
 
 
+def look_ahead(config: DataConfig, seed: int = 0) -> int | None:
+    """How many training rows small files have; None for large ones, the hub's, and those of other packages, which may import anything.
+
+    Raises:
+        ConfigError: what is seen at once can't be used.
+    """
+    if config.module not in MODULES:
+        return None
+    rows = build_rows(config, seed)
+    return len(rows.splits.train) if rows.look_ahead() else None
+
+
 def _of_package(name: str) -> Any:
     """The class that an installed package registered."""
     plugins = {p.name: p for p in entry_points(group="lorica.data")}

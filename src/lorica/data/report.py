@@ -6,6 +6,7 @@ masked. `lorica.data.gates` refuses a run by it.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
@@ -164,8 +165,11 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
         most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
         if counts[most] >= IMBALANCE * counts[least]:
             yield f"training has {counts[most]:,} rows of {most} and {counts[least]:,} of {least}"
-        for one, other in _alike(list(counts)):
+        alike = list(_alike(list(counts)))
+        for one, other in alike[:SHOWN]:
             yield f"the labels {one} ({counts[one]:,} rows) and {other} ({counts[other]:,}) are written nearly alike"
+        if alike[SHOWN:]:
+            yield f"{len(alike) - SHOWN:,} more pairs of labels are"
     for kind in ("mojibake", "replacement_character", "control_characters", "escapes"):
         if n := sum(report["oddities"][kind]["rows"].values()):
             yield f"{_count(n, 'row')} with {oddities.KINDS[kind]}"
@@ -178,6 +182,8 @@ def _alike(labels: list[str]) -> Iterator[tuple[str, str]]:
     """Labels that differ by case, or by a letter in ten: a misspelt one is a class of its own."""
     for one, other in combinations(labels, 2) if len(labels) <= MOST_COMPARED else ():
         first, second = one.casefold(), other.casefold()
+        if one != other and re.sub(r"\d", "", first) == re.sub(r"\d", "", second) and first != second:
+            continue  # numbered ones
         if first == second or (min(len(first), len(second)) >= 5 and SequenceMatcher(None, first, second).ratio() >= 0.9):
             yield one, other
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from lorica.config import ConfigError, DataConfig
 from lorica.data.examples import Example, Splits, split_examples
-from lorica.data.readers import NOT_UTF8, SAMPLES, Row, check_columns, read_hub, read_rows, split_files
+from lorica.data.readers import NOT_UTF8, SAMPLES, Row, check_columns, csv_header, read_hub, read_rows, split_files
 
 SHOWN_FAULTS = 3
 IN_UTF8 = "iconv -f CP1252 -t UTF-8 IN > OUT where a spreadsheet wrote the file, or data.on_bad_rows=skip"
@@ -81,14 +81,14 @@ class Rows:
         for of_split in rows.values():
             if of_split and all(row.fault for row in of_split):
                 self.faults = [(row.origin, row.fault) for row in of_split]
-                self._refuse_faults(len(of_split))
+                self._refuse_faults(of_split)
         if not rows["train"]:
             key = "data.hub_id" if self.config.source == "hub" else "data.path"
             raise ConfigError(key, getattr(self.config, key[5:]), "has no rows to train on", "a source with rows, below a file's header")
         self.prepare_rows(rows)
         examples = {split: list(self._convert(of_split)) for split, of_split in rows.items()}
         if self.faults and self.config.on_bad_rows == "refuse":
-            self._refuse_faults(sum(map(len, rows.values())))
+            self._refuse_faults([row for of_split in rows.values() for row in of_split])
         self._splits = split_examples(examples, self.config, self.seed)
 
     def look_ahead(self) -> bool:
@@ -117,7 +117,21 @@ class Rows:
         if self.config.source == "hub":
             rows, self.revision = read_hub(self.config)
             return rows
-        return {split: list(read_rows(file, self.config.csv_columns)) for split, file in self._files().items()}
+        files = self._files()
+        for file in files.values():
+            self._check_header(file)
+        return {split: list(read_rows(file, self.config.csv_columns)) for split, file in files.items()}
+
+    def _check_header(self, file: Path) -> None:
+        """Refuse a csv file that has a column which is asked for twice."""
+        if file.suffix.lower() != ".csv" or self.config.csv_columns is not None or not file.is_file():
+            return
+        header = csv_header(file)
+        for key, column in self.columns().items():
+            if header.count(column) > 1:
+                raise ConfigError(
+                    key, column, f"{file.name} has {header.count(column)} columns of that name", "other names for all but one"
+                )
 
     def _files(self) -> dict[str, Path]:
         """The file of each split."""
@@ -144,14 +158,17 @@ class Rows:
                     fault = str(e)
             self.faults.append((row.origin, fault))
 
-    def _refuse_faults(self, total: int) -> None:
+    def _refuse_faults(self, rows: Sequence[Row]) -> None:
         shown = "; ".join(f"{origin} {why}" for origin, why in self.faults[:SHOWN_FAULTS])
         more = f"; and {len(self.faults) - SHOWN_FAULTS:,} more" if len(self.faults) > SHOWN_FAULTS else ""
+        foreign = any(why == NOT_UTF8 for _, why in self.faults) and all(
+            str(value).isascii() for row in rows if not row.fault for value in row.fields.values()
+        )
         raise ConfigError(
             "data.on_bad_rows",
             "refuse",
-            f"{len(self.faults):,} of {total:,} rows can't be used: {shown}{more}",
-            IN_UTF8 if any(why == NOT_UTF8 for _, why in self.faults) else "mend them, or data.on_bad_rows=skip",
+            f"{len(self.faults):,} of {len(rows):,} rows can't be used: {shown}{more}",
+            IN_UTF8 if foreign else "mend them, or data.on_bad_rows=skip",
         )
 
     def fault_counts(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 
@@ -140,7 +141,8 @@ def at_hand() -> Card:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         capability = float("{}.{}".format(*pynvml.nvmlDeviceGetCudaComputeCapability(handle)))
         watts = pynvml.nvmlDeviceGetPowerManagementDefaultLimit(handle) / 1000
-        count = int(pynvml.nvmlDeviceGetCount())
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        count = int(pynvml.nvmlDeviceGetCount()) if visible is None else len([one for one in visible.split(",") if one.strip()])
     except Exception:  # no package, no driver, no GPU: each with an error of its own
         raise ConfigError(
             "gpu", None, "this machine has no NVIDIA GPU: name one", "gpu=rtx3070_8gb, gpu=colab_t4, gpu=h200_141gb, or gpu.memory_gib=12"
@@ -148,7 +150,17 @@ def at_hand() -> Card:
     name = title if isinstance(title, str) else title.decode()
     known = _by_title(name)
     like = known or _like(memory.total / GIB)
-    return Card(name, int(memory.total), capability, like.teraflops, float(watts), like.bandwidth, busy=int(memory.used), count=count)
+    return Card(
+        name,
+        int(memory.total),
+        capability,
+        like.teraflops,
+        float(watts),
+        like.bandwidth,
+        busy=int(memory.used),
+        count=count,
+        like="" if known else like.name,
+    )
 
 
 def of_device(title: str, usable: int, capability: float) -> Card:

@@ -31,7 +31,8 @@ class Lengths:
 
     Attributes:
         prompts, answers: tokens of each that are not learnt, and that are; not cut. rows: training rows in all. counted: by the base's
-            tokenizer, not by letters. classified: a classifier learns each row as a whole.
+            tokenizer, not by letters. classified: a classifier learns each row as a whole. estimated: rows are counted by
+            the lines of a large file.
     """
 
     prompts: np.ndarray
@@ -40,6 +41,7 @@ class Lengths:
     counted: bool
     labels: int
     classified: bool
+    estimated: bool = False
 
     def cut(self, max_length: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, learnt ones) of each row under a `model.max_length`, as `data.encoding` cuts."""
@@ -80,6 +82,7 @@ def look(config: TrainConfig, most: int) -> Lengths | None:
         counted,
         len(labels),
         classified,
+        _large(data) is not None,
     )
 
 

@@ -85,7 +85,7 @@ def run(config: PlanConfig, train: TrainConfig, as_numbers: bool = False) -> int
     check_layers(train.model, shape.layers)
     if train.trainer.fp8 and card.capability < FP8_CAPABILITY:
         raise ConfigError("trainer.fp8", True, f"{card.name} has no products in FP8 (Ada, Hopper and Blackwell have)", "trainer.fp8=false")
-    if lengths is not None:
+    if lengths is not None and not lengths.estimated:
         check_step(train.trainer, lengths.rows, cards_used(train))
     plan = make(train, card, shape, lengths)
     found = None if plan.fit.fits else proposals(train, card, shape, lengths)
