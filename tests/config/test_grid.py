@@ -210,7 +210,7 @@ def test_rows_are_looked_at_before_any_run_and_not_for_those_that_are_done(
     runs = start(lambda config: {"val/loss_best": 1.0})
     (here / "rows.csv").write_text("text,label\nfine,good\npoor,bad\n")
     grid = ["seed=1,2", "data=classification", "data.path=rows.csv"]
-    with pytest.raises(ConfigError, match="data.label_column=stars: the train file has no such column"):
+    with pytest.raises(ConfigError, match=r"data\.label_column=stars: the train file has no such column"):
         run_grid([*grid, "data.label_column=stars"], compose)
     assert runs.seeds == []
     assert run_grid(grid, compose) == 0
