@@ -30,8 +30,9 @@ from lorica.states import last_state, newest_intact, put_away
 
 GRIDS, COMPARISONS = Path("outputs") / "grids", Path("outputs") / "compare"
 FAILED = "failed.json"  # how a run of a grid or a comparison failed
-WRITTEN = (  # what a run writes over, of what others may have in a folder, too
-    *(
+# What a run writes over, of what others may have in a folder, too.
+WRITTEN = frozenset(
+    [
         "config.yaml",
         "train.log",
         "metrics.csv",
@@ -40,8 +41,13 @@ WRITTEN = (  # what a run writes over, of what others may have in a folder, too
         "curves.png",
         "confusion.png",
         "token_contract.json",
-    ),
-    *("data_report.json", "data_report.md", "data_report.html", "adapter", "model", "checkpoints"),
+        "data_report.json",
+        "data_report.md",
+        "data_report.html",
+        "adapter",
+        "model",
+        "checkpoints",
+    ]
 )
 TASK_FILE = "lorica.json"  # beside an adapter's or a model's weights: what it answers and how it is asked
 

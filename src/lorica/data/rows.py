@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -126,7 +127,10 @@ class Rows:
         """Refuse a csv file that has a column which is asked for twice."""
         if file.suffix.lower() != ".csv" or self.config.csv_columns is not None or not file.is_file():
             return
-        header = csv_header(file)
+        try:
+            header = csv_header(file)
+        except (OSError, csv.Error):  # which reading its rows says better
+            return
         for key, column in self.columns().items():
             if header.count(column) > 1:
                 raise ConfigError(
