@@ -73,9 +73,9 @@ class Layout:
                 if answer.probabilities:
                     record |= {"probability": answer.probability, "probabilities": answer.probabilities}
             line = json.dumps(record, ensure_ascii=False, default=str)
-            if not line.isascii() and not encodable(line):  # what can't be in UTF-8 is kept as its number
-                line = json.dumps(record, ensure_ascii=True, default=str)
-            yield line.translate(LINE_ENDS) + "\n"
+            if not line.isascii():  # what can't be in UTF-8 is kept as its number
+                line = line.translate(LINE_ENDS) if encodable(line) else json.dumps(record, ensure_ascii=True, default=str)
+            yield line + "\n"
 
     def _csv(self, rows: Sequence[Row], answers: Mapping[int, Answer], faults: Mapping[int, str]) -> Iterator[str]:
         names = list(self.survey.columns)

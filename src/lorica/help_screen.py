@@ -53,7 +53,7 @@ def _keys(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _typed(value: Any) -> str:
-    """A value as it is typed, but for the quotes that a shell may want around it."""
+    """A value as it is typed, but for the quotes that a shell or Hydra's grammar may want."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
