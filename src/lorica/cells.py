@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorica.config import DataConfig, WandbLoggerConfig
+from lorica.config import DataConfig, TrainConfig, WandbLoggerConfig
 from lorica.data.registry import look_ahead
 from lorica.durable import write_json
 from lorica.runs import FAILED
@@ -56,34 +56,33 @@ def run_missing(
     Raises:
         ConfigError: rows of one can't be used, as far as that is seen at once; nothing has run then.
     """
+    missing = {cell: compose(list(cell.overrides)) for cell in cells if not (folder / cell.name / "metrics.json").is_file()}
     looked_at: list[DataConfig] = []
-    for cell in cells:
-        if not (folder / cell.name / "metrics.json").is_file() and (data := compose(list(cell.overrides)).data) not in looked_at:
-            look_ahead(data)
-            looked_at.append(data)
+    for config in missing.values():
+        if config.data not in looked_at:
+            look_ahead(config.data)
+            looked_at.append(config.data)
     for number, cell in enumerate(cells, 1):
-        run_dir = folder / cell.name
-        if (run_dir / "metrics.json").is_file():
+        if cell not in missing:
             screen.print(f"[{number}/{len(cells)}] {cell.name}: done before")
             continue
         screen.print(f"[{number}/{len(cells)}] {cell.name}")
-        code = _run_cell(cell, run_dir, group, compose, config_dir)
+        code = _run_cell(cell, folder / cell.name, group, missing[cell], config_dir)
         if code in (NOTHING_KEPT, EXIT_CODE):
             screen.print("interrupted; the same command goes on with the runs that are not done")
             return code
     return 0
 
 
-def _run_cell(cell: Cell, run_dir: Path, group: str, compose: Callable[[list[str]], Any], config_dir: str | None) -> int:
+def _run_cell(cell: Cell, run_dir: Path, group: str, config: TrainConfig, config_dir: str | None) -> int:
     """One cell as a process of its own, which writes its own run folder and W&B run; one that has begun goes on.
 
     Args:
-        group: of the W&B run, where none was asked for. compose: checks overrides and gives the configuration.
+        group: of the W&B run, where none was asked for. config: what the overrides make.
     Returns:
         The exit code; what a failed run said is kept in failed.json.
     """
     added = [f"run_dir={json.dumps(str(run_dir), ensure_ascii=False)}", "resume=auto"]
-    config = compose(list(cell.overrides))
     if isinstance(config.logger, WandbLoggerConfig):
         added += [f"logger.group={config.logger.group or group}", f"logger.run_name={json.dumps(cell.name, ensure_ascii=False)}"]
     flags = ["--config-dir", config_dir] if config_dir else []

@@ -296,6 +296,14 @@ def _check_data(data: DataConfig) -> None:
                     raise ConfigError(f"data.{name}", repr(getattr(data, name)), f"must contain {part}")
 
 
+def pasted(key: str, value: str) -> str:
+    """key=value as it is pasted into a shell: a text that Hydra's grammar would not take as it stands is in quotes."""
+    if re.fullmatch(r"[A-Za-z_./][\w./:@+-]*", value, re.ASCII) and value.lower() not in ("null", "true", "false", "nan", "inf"):
+        return f"{key}={value}"
+    inner = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value)  # a backslash is one elsewhere
+    return shlex.quote(f'{key}="{inner}"')
+
+
 def sibling(path: Path) -> str:
     """`; did you mean ...?` with the nearest name in the folder where `path` was looked for, or nothing."""
     parent = path.expanduser().parent
@@ -424,14 +432,6 @@ def _check_distillation(config: TrainConfig) -> None:
         )
     first = f"python train.py model=mistral_qlora data={config.data.name} run_dir={asked.teacher}"
     _check_folder("distillation.teacher", asked.teacher, f"{first}\n  then: the same command again")
-
-
-def pasted(key: str, value: str) -> str:
-    """key=value as it is pasted into a shell: a text that Hydra's grammar would not take as it stands is in quotes."""
-    if re.fullmatch(r"[A-Za-z_./][\w./:@+-]*", value, re.ASCII) and value.lower() not in ("null", "true", "false", "nan", "inf"):
-        return f"{key}={value}"
-    inner = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value)  # a backslash is one elsewhere
-    return shlex.quote(f'{key}="{inner}"')
 
 
 def check_step(trainer: TrainerConfig, rows: int, devices: int = 1) -> None:

@@ -18,6 +18,7 @@ from lorica.composition import complete, compose, compose_tree
 from lorica.config import VERBS, CompareConfig, ConfigError, DoctorConfig, PlanConfig, TrainConfig
 from lorica.options import group_options, register_plugins
 from lorica.secrets import redact
+from lorica.signals import NOTHING_KEPT
 
 atexit.register(gc.freeze)  # looking for garbage among a million objects at the end takes a second and a half
 
@@ -37,8 +38,9 @@ lorica VERB --help lists the groups and keys of a verb; --cfg job shows what wou
 
 
 def main(verb: str | None = None, argv: Sequence[str] | None = None) -> NoReturn:
-    """Run one verb and exit: 0 done, 1 failed, 2 the user's configuration or files can't be used, 75 asked to
-    stop and saved, 130 interrupted with nothing saved."""
+    """Run one verb and exit: 0 done, 1 failed, 2 the user's configuration or files can't be used, 75 asked to stop and saved,
+    130 interrupted with nothing saved.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -62,7 +64,7 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> NoReturn
         code = 2
     except KeyboardInterrupt:
         print("lorica: interrupted", file=sys.stderr)
-        code = 130
+        code = NOTHING_KEPT
     finally:
         gc.enable()
     sys.exit(code)

@@ -15,11 +15,9 @@ from typing import Any
 import numpy as np
 
 from lorica import calibration, statistics
-from lorica.checks import pasted
 from lorica.config import ConfigError
 from lorica.metrics_log import read_metrics
-from lorica.runs import weights_folder
-from lorica.states import last_state
+from lorica.runs import going_on, weights_folder
 
 ENOUGH = 0.05  # p-values below it speak of a difference
 TINY = 1e-15  # p-values below it are not told apart
@@ -103,8 +101,7 @@ def read(run: Path, name: str) -> Compared:
     """
     finished = run / "metrics.json"
     if not finished.is_file():
-        fix = f"python train.py {pasted('resume', str(run))}" if last_state(run) is not None else "the folder of a finished run"
-        raise ConfigError("runs", run, "is no finished run: it has no metrics.json", fix)
+        raise ConfigError("runs", run, "is no finished run: it has no metrics.json", going_on(run) or "the folder of a finished run")
     answers = run / "predictions.jsonl"
     rows = [json.loads(line) for line in answers.read_text("utf-8").split("\n") if line] if answers.is_file() else []
     if not rows or any(row.get("label") is None or "probabilities" not in row for row in rows):

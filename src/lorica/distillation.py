@@ -20,7 +20,6 @@ import torch
 from lorica import caches, fingerprint, hardware, plain_yaml
 from lorica.answered_parts import identity_of
 from lorica.answering import Predictor
-from lorica.checks import pasted
 from lorica.config import ConfigError, DistillationConfig
 from lorica.data import token_cache
 from lorica.data.asking import ask_text
@@ -28,7 +27,7 @@ from lorica.data.examples import Example
 from lorica.data.module import LoricaDataModule
 from lorica.file_answering import Counted
 from lorica.models.trained import load_trained, open_trained
-from lorica.runs import unfinished
+from lorica.runs import going_on, unfinished
 from lorica.screen import Screen, duration
 
 KEY = "distillation.teacher"
@@ -100,7 +99,7 @@ def find(settings: DistillationConfig, labels: Sequence[str]) -> Teacher:
     assert settings.teacher is not None
     path = Path(settings.teacher).expanduser()
     if unfinished(path):
-        raise ConfigError(KEY, path, "is a run that is not finished", f"python train.py {pasted('resume', str(path))}")
+        raise ConfigError(KEY, path, "is a run that is not finished", going_on(path) or "the folder of a finished run")
     try:
         opened = open_trained(path)
     except ConfigError as e:

@@ -15,7 +15,7 @@ from lorica.data.asking import ask_text, known_column
 from lorica.durable import DiskFull, sha256
 from lorica.runs import read_task, unfinished, weights_folder
 from lorica.screen import Screen, duration, quiet_libraries
-from lorica.signals import EXIT_CODE, Interrupted, Stop
+from lorica.signals import EXIT_CODE, Interrupted, Stop, exit_code
 
 if TYPE_CHECKING:
     from lorica.answers import Answer
@@ -46,7 +46,7 @@ def run(config: PredictConfig) -> int:
         return _answer_file(config, Screen(), stop)
     except Interrupted as e:  # before there was anything to keep
         print(f"lorica: {e}: interrupted before any row was answered", file=sys.stderr)
-        return e.exit_code(kept=False)
+        return exit_code(e.signum, kept=False)
     finally:
         stop.close()
 

@@ -279,8 +279,8 @@ def weights_folder(run: Path) -> Path:
         "run",
         run,
         f"has no adapter or model{yet}",
-        f"python train.py {pasted('resume', str(run))}, then this"
-        if yet and last_state(run) is not None
+        f"{command}, then this"
+        if yet and (command := going_on(run))
         else "the folder of a finished run, an adapter folder or a merged model",
     )
 
@@ -289,8 +289,13 @@ def unfinished(run: Path) -> str | None:
     """What is said to who asks a run that is not finished; None for a finished run, an adapter or a merged model."""
     if not (run / "config.yaml").is_file() or (run / "metrics.json").is_file():
         return None
-    goes_on = f" (python train.py {pasted('resume', str(run))} goes on with it)" if last_state(run) is not None else ""
+    goes_on = f" ({command} goes on with it)" if (command := going_on(run)) else ""
     return f"the run is not finished: these are its best weights so far{goes_on}"
+
+
+def going_on(run: Path) -> str | None:
+    """The command that goes on with a run; None where it has no state to go on from."""
+    return f"python train.py {pasted('resume', str(run))}" if last_state(run) is not None else None
 
 
 def read_task(folder: Path) -> dict[str, Any]:

@@ -21,9 +21,10 @@ class Interrupted(BaseException):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
 
-    def exit_code(self, kept: bool) -> int:
-        """Where nothing is kept, only who pressed Ctrl-C is not told to try again: a scheduler that needs the machine starts it anew."""
-        return NOTHING_KEPT if not kept and self.signum == signal.SIGINT else EXIT_CODE
+
+def exit_code(signum: int, kept: bool) -> int:
+    """Where nothing is kept, only who pressed Ctrl-C is not told to try again: a scheduler that needs the machine starts it anew."""
+    return NOTHING_KEPT if not kept and signum == signal.SIGINT else EXIT_CODE
 
 
 class Stop:

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorica.checks import pasted
 from lorica.config import ConfigError, TrainConfig
 from lorica.durable import write_json, write_text
-from lorica.runs import Held, begin, point_latest
+from lorica.runs import Held, begin, going_on, point_latest
 from lorica.screen import Screen, duration, quiet_libraries
-from lorica.signals import Interrupted, Stop
+from lorica.signals import Interrupted, Stop, exit_code
 from lorica.states import last_state, step_of
 
 quiet_libraries()
@@ -73,7 +72,7 @@ def run(config: TrainConfig, besides: Sequence[Callback] = ()) -> int:
         return _guarded(the_run, existed)
     except Interrupted as e:  # before there was a run
         print(f"lorica: {e}: interrupted before any state was saved", file=sys.stderr)
-        return e.exit_code(kept=False)
+        return exit_code(e.signum, kept=False)
     finally:
         stop.close()
         if the_run is not None:
@@ -108,11 +107,10 @@ def _guarded(run: Run, existed: bool) -> int:
     except (Interrupted, KeyboardInterrupt, SystemExit) as e:
         run.stop.ignore()
         saved = last_state(folder)
-        again = f"python train.py {pasted('resume', str(folder))}"
-        where = f"saved at step {step_of(saved)}; go on with: {again}" if saved else "before any state was saved"
+        where = f"saved at step {step_of(saved)}; go on with: {going_on(folder)}" if saved else "before any state was saved"
         screen.print(f"interrupted ({str(e) or type(e).__name__}), {where}")
         _close_loggers(run)
-        return (e if isinstance(e, Interrupted) else Interrupted(signal.SIGINT)).exit_code(kept=saved is not None)
+        return exit_code(e.signum if isinstance(e, Interrupted) else signal.SIGINT, kept=saved is not None)
     except torch.OutOfMemoryError:
         screen.fail(f"failed: out of memory; the same loss with less: {oom.remedy(run.config)}", traceback.format_exc())
         _close_loggers(run)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lorica.checks import DATA_ENDINGS, nearest, pasted
 from lorica.config import ConfigError, DataConfig
@@ -77,21 +77,24 @@ def _check_encoding(path: Path) -> None:
 def csv_header(path: Path) -> list[str]:
     """The columns that a csv file's header line names; none where it has none."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        line = file.readline()
-        if said := SEPARATOR.fullmatch(line):
-            line = file.readline()
-    return [cell.strip() for cell in next(csv.reader([line], delimiter=said[1] if said else _delimiter(line)), [])]
+        delimiter, _ = _begin(file)
+        return [cell.strip() for cell in next(csv.reader([file.readline()], delimiter=delimiter), [])]
+
+
+def _begin(file: TextIO, has_header: bool = True) -> tuple[str, int]:
+    """(what separates the cells, lines before the first of them); the file is left there."""
+    first = file.readline()
+    if said := SEPARATOR.fullmatch(first):
+        return said[1], 1
+    file.seek(0)
+    return _delimiter(first) if has_header else ",", 0
 
 
 def _csv_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        first = file.readline()
-        said = SEPARATOR.fullmatch(first)
-        above = 1 if said else 0  # lines
-        if not said:
-            file.seek(0)
-        reader = csv.reader(file, strict=True, delimiter=said[1] if said else _delimiter(first) if columns is None else ",")
+        delimiter, above = _begin(file, columns is None)
+        reader = csv.reader(file, strict=True, delimiter=delimiter)
         header = columns
         while True:
             line = reader.line_num + 1 + above

@@ -54,10 +54,7 @@ def look_ahead(config: DataConfig, seed: int = 0) -> int | None:
     Raises:
         ConfigError: what is seen at once can't be used.
     """
-    if config.module not in MODULES:
-        return None
-    rows = build_rows(config, seed)
-    return len(rows.splits.train) if rows.look_ahead() else None
+    return build_rows(config, seed).look_ahead() if config.module in MODULES else None
 
 
 def _of_package(name: str) -> Any:

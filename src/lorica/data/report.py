@@ -182,9 +182,9 @@ def _alike(labels: list[str]) -> Iterator[tuple[str, str]]:
     """Labels that differ by case, or by a letter in ten: a misspelt one is a class of its own."""
     for one, other in combinations(labels, 2) if len(labels) <= MOST_COMPARED else ():
         first, second = one.casefold(), other.casefold()
-        if one != other and re.sub(r"\d", "", first) == re.sub(r"\d", "", second) and first != second:
-            continue  # numbered ones
-        if first == second or (min(len(first), len(second)) >= 5 and SequenceMatcher(None, first, second).ratio() >= 0.9):
+        numbered = re.sub(r"\d", "", first) == re.sub(r"\d", "", second)
+        long = min(len(first), len(second)) >= 5
+        if first == second or (long and not numbered and SequenceMatcher(None, first, second).ratio() >= 0.9):
             yield one, other
 
 

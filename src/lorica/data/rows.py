@@ -92,24 +92,23 @@ class Rows:
             self._refuse_faults([row for of_split in rows.values() for row in of_split])
         self._splits = split_examples(examples, self.config, self.seed)
 
-    def look_ahead(self) -> bool:
+    def look_ahead(self) -> int | None:
         """Refuse what is seen at once: whatever is wrong with small files, columns that no row of a large one can have. Not of the hub.
 
         Returns:
-            Whether the files were small, and everything is read.
+            How many training rows there are, where the files are small and read whole; else None.
         Raises:
             ConfigError: as `load` does.
         """
         if self.config.source == "hub":
-            return False
+            return None
         files = self._files()
         if sum(file.stat().st_size for file in files.values()) <= SMALL:
-            self.load()
-            return True
+            return len(self.splits.train)
         for split, file in files.items():
             if file.suffix.lower() in (".csv", ".parquet"):  # all rows have the same columns
                 self._check_columns(list(islice(read_rows(file, self.config.csv_columns), FIRST_ROWS)), split)
-        return False
+        return None
 
     def _check_columns(self, rows: Sequence[Row], split: str) -> None:
         check_columns(rows, self.columns(), f"the {split} file" if self.config.source == "files" else f"the {split} split")
