@@ -14,7 +14,7 @@ from lorica.data.asked_file import Survey, changed, look_ahead, look_through
 from lorica.data.asking import ask_text, known_column
 from lorica.durable import DiskFull, sha256
 from lorica.runs import read_task, unfinished, weights_folder
-from lorica.screen import Screen, duration, quiet_libraries
+from lorica.screen import Screen, counted, duration, quiet_libraries
 from lorica.signals import EXIT_CODE, Interrupted, Stop, exit_code
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _say_what_is_done(survey: Survey, before: int, seconds: float, target: Path,
     rows = survey.answerable - before
     took = f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
     earlier = f", {before:,} before" if before else ""
-    screen.print(f"{rows:,} rows answered in {took} ({rows / max(seconds, 1e-9):,.0f} rows/s){earlier}: {target}")
+    screen.print(f"{counted(rows, 'row')} answered in {took} ({rows / max(seconds, 1e-9):,.0f} rows/s){earlier}: {target}")
     for fault in survey.first_faults:
         screen.note(f"{fault}: no prediction")
     if (more := survey.faults - len(survey.first_faults)) > 0:

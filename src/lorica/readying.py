@@ -23,7 +23,7 @@ from lorica.models.module import LoricaModule
 from lorica.planning import memory
 from lorica.planning.parts import Size
 from lorica.runs import write_config
-from lorica.screen import duration
+from lorica.screen import counted, duration
 
 
 @dataclass
@@ -181,7 +181,7 @@ def _report(run: Run, data: LoricaDataModule) -> None:
     seconds = time.perf_counter() - began
     where, only = run.folder / "data_report.html", run.config.data.report_only
     if only or seconds > 1.0:
-        run.screen.print(f"data report of {sum(report['rows'].values()):,} rows in {duration(seconds)}: {where}")
+        run.screen.print(f"data report of {counted(sum(report['rows'].values()), 'row')} in {duration(seconds)}: {where}")
     try:
         check_report(report, run.config.data, run.folder)
     except ConfigError:

@@ -170,6 +170,11 @@ def short(n: float) -> str:
     return f"{n:,.0f}"
 
 
+def counted(n: int, what: str) -> str:
+    """1 row, 1,234 rows."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """75 -> 1 min 15 s."""
     if seconds < 60:

@@ -14,7 +14,7 @@ from lorica.models.loaded import Loaded
 from lorica.models.weights import dtype_name
 from lorica.planning import memory
 from lorica.planning.cards import GIB, Card
-from lorica.screen import duration, short
+from lorica.screen import counted, duration, short
 
 ROWS_TO_ASK = 20  # rows looked at for one that a single text can ask
 
@@ -70,7 +70,7 @@ def tokenised_line(data: LoricaDataModule) -> str:
     tokens = data.tokens
     parts = [f"{tokens.found:,} tokenised rows from the cache"] if tokens.found else []
     if tokens.seconds > 1.0:
-        parts.append(f"tokenised {tokens.made:,} rows in {duration(tokens.seconds)}")
+        parts.append(f"tokenised {counted(tokens.made, 'row')} in {duration(tokens.seconds)}")
     return ", ".join(parts)
 
 

@@ -244,10 +244,10 @@ def test_bad_rows_of_jsonl_stand_in_their_places_and_say_why(ending: str, model:
 
 
 def test_the_only_column_of_a_file_is_its_text_but_not_that_of_a_row(model: Path, tmp_path: Path, lorica: Lorica) -> None:
-    for content, answered in (('{"review": "fine"}\n{"other": "slow"}\n', 1), ('{"text": "fine", "n": 1}\n{"n": 2}\n', 1)):
+    for content in ('{"review": "fine"}\n{"other": "slow"}\n', '{"text": "fine", "n": 1}\n{"n": 2}\n'):
         (tmp_path / "in.jsonl").write_text(content, "utf-8")
         code, printed = lorica("predict", f"run={model}", f"input={tmp_path / 'in.jsonl'}", "accelerator=cpu")
-        assert code == 1 and f"{answered} rows answered" in printed and "in.jsonl:2 has no " in printed
+        assert code == 1 and "1 row answered" in printed and "in.jsonl:2 has no " in printed
     (tmp_path / "in.jsonl").write_text('{"n": 1}\n{"text": "fine", "n": 1}\n', "utf-8")  # who knows what the first row means
     assert lorica("predict", f"run={model}", f"input={tmp_path / 'in.jsonl'}", "accelerator=cpu")[0] == 0
 

@@ -22,6 +22,7 @@ from lorica.data.repeats import by_content, conflicts, repeats, words
 from lorica.data.report_pages import html_page, markdown_page, share
 from lorica.data.taught import leading, length_figures, lengths, rows_that_learn, sample
 from lorica.durable import write_json, write_text
+from lorica.screen import counted
 
 SHOWN = 5  # places named of each kind of finding
 IMBALANCE = 10  # times as many rows of one label as of another are worth a note
@@ -141,15 +142,16 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
     """What to look at, in sentences; also printed before training."""
     rows, near = report["rows"], report["duplicates"]["near"]
     if bad := report["skipped_bad_rows"]["count"]:
-        yield f"{_count(bad, 'bad row')} skipped"
+        yield f"{counted(bad, 'bad row')} skipped"
     for pair, alike in (near["across"] if near else {}).items():
         one, other = pair.split("-")
         if one == "train" and alike > SHARE * rows[other]:
             yield f"{share(alike, rows[other], f'{other} rows')} have a near duplicate in training"
     if report["conflicts"]["texts"] and "labels" in report:
-        yield f"{_count(report['conflicts']['texts'], 'text')} of training with more than one label ({report['conflicts']['rows']:,} rows)"
+        of_rows = counted(report["conflicts"]["rows"], "row")
+        yield f"{counted(report['conflicts']['texts'], 'text')} of training with more than one label ({of_rows})"
     if near and "labels" in report and (pairs := near["pairs_with_another_label"]):
-        yield f"{_count(pairs, 'pair')} of near duplicates with different labels"
+        yield f"{counted(pairs, 'pair')} of near duplicates with different labels"
     if without := report["rows_with_nothing_to_learn"]["count"]:
         yield f"{share(without, rows['train'], 'training rows')} have nothing to learn"
     cut = report["shortened"]
@@ -164,15 +166,15 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
         counts = report["labels"]["train"]
         most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
         if counts[most] >= IMBALANCE * counts[least]:
-            yield f"training has {counts[most]:,} rows of {most} and {counts[least]:,} of {least}"
+            yield f"training has {counted(counts[most], 'row')} of {most} and {counts[least]:,} of {least}"
         alike = list(_alike(list(counts)))
         for one, other in alike[:SHOWN]:
-            yield f"the labels {one} ({counts[one]:,} rows) and {other} ({counts[other]:,}) are written nearly alike"
+            yield f"the labels {one} ({counted(counts[one], 'row')}) and {other} ({counts[other]:,}) are written nearly alike"
         if alike[SHOWN:]:
             yield f"{len(alike) - SHOWN:,} more pairs of labels are"
     for kind in ("mojibake", "replacement_character", "control_characters", "escapes"):
         if n := sum(report["oddities"][kind]["rows"].values()):
-            yield f"{_count(n, 'row')} with {oddities.KINDS[kind]}"
+            yield f"{counted(n, 'row')} with {oddities.KINDS[kind]}"
     kinds = [kind for kind in ("email", "phone", "national_id", "patient_name") if report["personal"][kind]["count"]]
     if kinds:
         yield "personal data: " + ", ".join(f"{personal.KINDS[kind]} ({report['personal'][kind]['count']:,})" for kind in kinds)
@@ -186,7 +188,3 @@ def _alike(labels: list[str]) -> Iterator[tuple[str, str]]:
         long = min(len(first), len(second)) >= 5
         if first == second or (long and not numbered and SequenceMatcher(None, first, second).ratio() >= 0.9):
             yield one, other
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
