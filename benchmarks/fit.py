@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import deque
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -142,8 +142,66 @@ def loss_spread(rows: list[dict[str, Any]]) -> dict[str, float]:
     return spread
 
 
+class Figures:
+    """What was measured: there before, and as it comes, written after every run.
+
+    Args:
+        out: the file.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out, self._writing = out, Lock()
+        self._earlier: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
+        self.fitted: list[dict[str, Any]] = self._earlier.get("fitted", [])
+        by_hand: list[dict[str, Any]] = self._earlier.get("settings", [])
+        self.by_hand = [row for row in by_hand if row["ended"] != "fits no limit"]  # of these limits, perhaps
+
+    def done(self) -> set[tuple[int, Any]]:
+        """(length, limit or name) of each."""
+        return {(row["length"], row.get("limit", row.get("name"))) for row in [*self.fitted, *self.by_hand]}
+
+    def keep(self, row: dict[str, Any]) -> None:
+        """One more, from any thread."""
+        with self._writing:
+            (self.fitted if "limit" in row else self.by_hand).append({**row, "date": time.strftime("%Y-%m-%d")})
+            print(json.dumps({k: v for k, v in row.items() if k not in ("losses", "output", "notes")}), flush=True)
+            text = {
+                **self._earlier,
+                "tokens": TOKENS,
+                "steps": STEPS,
+                **machine(),
+                "versions": versions(),
+                "cells": table(self.fitted, self.by_hand),
+                "loss_spread": loss_spread(self.fitted),
+                "fitted": self.fitted,
+                "settings": self.by_hand,
+            }
+            self._out.write_text(json.dumps(text, indent=1) + "\n")
+
+
+Run = tuple[dict[str, Any], list[str]]  # what is kept of it beside its figures; its overrides
+
+
+def wanted(figures: Figures, options: argparse.Namespace, rows: Path) -> Generator[Run]:
+    """The runs that have no figures yet; a way that fits no limit is kept as that."""
+    done, limits = figures.done(), [float(n) for n in options.limits.split(",")]
+    lengths = [int(n) for n in options.lengths.split(",")]
+    for length in lengths if "fitted" in options.stages else ():
+        yield from (({"limit": n, "length": length}, recipe(options.model, rows, length)) for n in limits if (length, n) not in done)
+    for length in lengths if "settings" in options.stages else ():
+        for name, way in settings(length, options.ways.split(",")):
+            if (length, name) not in done:
+                own = recipe(options.model, rows, length, *way)
+                needs = memory.predicted(memory.Point(name, tuple(own)), CARDS[options.card]).fit.peak / GIB
+                row = {"name": name, "length": length, "predicted_gib": needs}
+                if needs <= max(limits) * PLAN_ERROR:
+                    yield row, own
+                else:
+                    figures.keep({**row, "ended": "fits no limit"})
+
+
 def main() -> None:
-    """Both stages, written after every run."""
+    """Both stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", type=Path, required=True)
@@ -156,68 +214,33 @@ def main() -> None:
     parser.add_argument("--gpus", default="", help="numbers of those that share the runs")
     parser.add_argument("--within", type=float, default=1e9, help="seconds after which no further run is begun")
     options = parser.parse_args()
-    began = time.perf_counter()
-    rows_folder = options.model.with_name(f"{options.model.name}-rows")
-    qlora.prepare(options.model, rows_folder, "mixed")
-    limits = [float(limit) for limit in options.limits.split(",")]
-    earlier: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
-    fitted: list[dict[str, Any]] = earlier.get("fitted", [])
-    by_hand: list[dict[str, Any]] = earlier.get("settings", [])
-    by_hand = [row for row in by_hand if row["ended"] != "fits no limit"]  # of these limits, perhaps
-    done = {(row["length"], row.get("limit", row.get("name"))) for row in [*fitted, *by_hand]}
-    writing = Lock()
+    last = time.perf_counter() + options.within
+    rows = options.model.with_name(f"{options.model.name}-rows")
+    qlora.prepare(options.model, rows, "mixed")
+    figures = Figures(options.out)
+    runs, choosing = wanted(figures, options, rows / "mixed"), Lock()  # planned while others run, one by one: Hydra is not made for threads
 
-    def keep(row: dict[str, Any]) -> None:
-        with writing:
-            (fitted if "limit" in row else by_hand).append({**row, "date": time.strftime("%Y-%m-%d")})
-            print(json.dumps({k: v for k, v in row.items() if k not in ("losses", "output", "notes")}), flush=True)
-            facts = {"tokens": TOKENS, "steps": STEPS, **machine(), "versions": versions()}
-            text = {
-                **earlier,
-                **facts,
-                "cells": table(fitted, by_hand),
-                "loss_spread": loss_spread(fitted),
-                "fitted": fitted,
-                "settings": by_hand,
-            }
-            options.out.write_text(json.dumps(text, indent=1) + "\n")
-
-    runs: deque[tuple[dict[str, Any], list[str]]] = deque()
-    for length in map(int, options.lengths.split(",")):
-        for limit in limits if "fitted" in options.stages else ():
-            if (length, limit) not in done:
-                runs.append(({"limit": limit, "length": length}, recipe(options.model, rows_folder / "mixed", length)))
-    for length in map(int, options.lengths.split(",")):
-        for name, way in settings(length, options.ways.split(",")) if "settings" in options.stages else ():
-            if (length, name) not in done:
-                own = recipe(options.model, rows_folder / "mixed", length, *way)
-                needs = memory.predicted(memory.Point(name, tuple(own)), CARDS[options.card]).fit.peak / GIB
-                row = {"name": name, "length": length, "predicted_gib": needs}
-                if needs <= max(limits) * PLAN_ERROR:
-                    runs.append((row, own))
-                else:
-                    keep({**row, "ended": "fits no limit"})
-
-    def next_run() -> tuple[dict[str, Any], list[str]] | None:
-        with writing:
-            return runs.popleft() if runs and time.perf_counter() - began < options.within else None
+    def next_run() -> Run | None:
+        with choosing:
+            return next(runs, None) if time.perf_counter() < last else None
 
     def take_turns(turns: Turns) -> None:
         while (run := next_run()) is not None:
             row, overrides = run
-            figures = trained(turns, overrides, row.get("limit"), options.timeout)
+            found = trained(turns, overrides, row.get("limit"), options.timeout)
             if not turns.closed:
-                keep({**row, **figures})
+                figures.keep({**row, **found})
 
-    gpus = [Turns(gpu) for gpu in options.gpus.split(",")] if runs else []
-    with ThreadPoolExecutor(max(1, len(gpus))) as pool:
+    gpus = [Turns(gpu) for gpu in options.gpus.split(",")]
+    with ThreadPoolExecutor(len(gpus)) as pool:
         try:
             list(pool.map(take_turns, gpus))
         finally:
-            runs.clear()
+            with choosing:
+                runs.close()
             for turns in gpus:
                 turns.close()
-    print(json.dumps(table(fitted, by_hand), indent=1))
+    print(json.dumps(table(figures.fitted, figures.by_hand), indent=1))
 
 
 if __name__ == "__main__":
