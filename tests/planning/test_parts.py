@@ -58,6 +58,19 @@ def test_the_smaller_the_card_the_less_it_holds_at_once() -> None:
     assert peaks == sorted(peaks)
 
 
+def test_a_way_that_may_not_fit_when_it_is_tried_is_taken_for_want_of_another_only() -> None:
+    config, shape, lengths = run("trainer.tokens_per_batch=8192")
+    whole = parts.sized(config, shape, card(6), lengths, Size(1, True)).fit
+    assert whole.fits and whole.peak > memory.limit(card(6))
+    found = parts.fastest(config, shape, card(6), lengths)
+    assert found is not None and found.size.parts > 1 and captured(found.fit.job, card(6))
+    one_row, shape, lengths = run("trainer.batch_size=1", "trainer.gradient_checkpointing=offload", "trainer.offload_embeddings=true")
+    least = parts.smallest(one_row, shape, card(6), lengths).fit.peak
+    almost = card(1.03 * least / GIB)
+    found = parts.fastest(one_row, shape, almost, lengths)
+    assert found is not None and found.fit.peak > memory.limit(almost)
+
+
 def test_short_steps_leave_room_for_evaluation_so_that_they_can_be_captured() -> None:
     def chosen(*overrides: str) -> memory.Job:
         found = parts.fastest(*run("trainer.tokens_per_batch=8192", *overrides)[:2], card(15), run()[2])

@@ -23,6 +23,7 @@ DECODERS = ((1.4e13, 0.457), (5.8e13, 0.616), (1.44e14, 0.674), (4.6e14, 0.66))
 # RoBERTa-base: adapters at 8,192 and 32,768 tokens, every weight at 32,768.
 ENCODERS = ((2.8e12, 0.322), (1.1e13, 0.371), (1.67e13, 0.424))
 AGAIN = 0.7  # of what its FLOPs would take: a second forward has no gradients of adapters (benchmarks/results/fit_h200.json)
+OFFLOADED = 0.93  # of the rate with every layer computed again, where inputs wait in host memory: 0.90 to 0.94 (likewise)
 NOT_COMPILED = 0.45  # of a compiled run's rate (docs/experiments.md: 4,096 tokens, every layer computed again)
 PASSED = 0.8  # of the bandwidth, when weights are made plain
 DEQUANTISED = 2.53  # bytes read and written for each
@@ -62,7 +63,7 @@ def rate(job: Job, sizes: Batches, card: Card) -> float:
     once = flops(replace(job, recomputed=0)) * job.tokens
     of_batch = once + AGAIN * (flops(job) * job.tokens - once)
     share = _between(DECODERS if job.shape.decoder else ENCODERS, once * 989 / card.teraflops)  # what keeps an H200 as long
-    way = (1.0 if job.way.compiled else NOT_COMPILED) * (FP8 if job.fp8 else 1.0)
+    way = (1.0 if job.way.compiled else NOT_COMPILED) * (FP8 if job.fp8 else 1.0) * (OFFLOADED if job.offload else 1.0)
     seconds = of_batch / (card.teraflops * 1e12 * REACHED * share * way)
     if job.four_bit and (job.frozen or not job.resident):
         again = 0 if job.resident else 2 * job.learning + job.recomputed
