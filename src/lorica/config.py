@@ -16,7 +16,7 @@ class ConfigError(Exception):
 
     Args:
         where: the dotted key, the flag or the file.
-        value: what was found there (printed as it is; secrets are redacted when shown).
+        value: what was found there (printed as it is typed; secrets are redacted when shown); None: nothing.
         rule: what holds for it.
         fix: what to type or do instead.
     """
@@ -26,8 +26,17 @@ class ConfigError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        head = self.where if self.value is None else f"{self.where}={self.value}"
+        head = self.where if self.value is None else f"{self.where}={as_typed(self.value)}"
         return f"{head}: {self.rule}" + (f"\n  try: {self.fix}" if self.fix else "")
+
+
+def as_typed(value: Any) -> str:
+    """A value as it is typed, but for the quotes that a shell or Hydra's grammar may want."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(as_typed, value))}]"
+    return str(value).replace("\n", "\\n")
 
 
 class NotApplicable(ConfigError):

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from lorica.config import limits
+from lorica.config import as_typed, limits
 from lorica.secrets import redact
 
 KEYS = 44  # columns of a key and its value
@@ -49,16 +49,7 @@ def _keys(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             about: Mapping[str, Any] = known.get(name, {})
             choices = "one of " + ", ".join(about["choices"]) if about.get("choices") else ""
             meaning = "; ".join(filter(None, (about.get("meaning"), choices, limits(about))))
-            yield redact(f"{prefix}{name}={_typed(value)}"), meaning
-
-
-def _typed(value: Any) -> str:
-    """A value as it is typed, but for the quotes that a shell or Hydra's grammar may want."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(_typed(one) for one in value)}]"
-    return str(value).replace("\n", "\\n")
+            yield redact(f"{prefix}{name}={as_typed(value)}"), meaning
 
 
 def laid_out(keys: Iterator[tuple[str, str]], width: int | None) -> Iterator[str]:

@@ -7,8 +7,8 @@ import dataclasses
 import typing
 from typing import Any, NoReturn
 
-from lorica.checks import ELSEWHERE, nearest
-from lorica.config import DATA_SCHEMAS, LOGGER_SCHEMAS, ConfigError, NotApplicable
+from lorica.checks import ELSEWHERE, nearest, pasted
+from lorica.config import DATA_SCHEMAS, LOGGER_SCHEMAS, ConfigError, NotApplicable, as_typed
 from lorica.options import group_options, schema_keys
 from lorica.secrets import REDACTED, is_secret_name
 
@@ -43,7 +43,8 @@ def refuse_unknown(name: str, value: Any, known: list[str], tree: Any, verb: str
         ours = ELSEWHERE[leaf]
         raise ConfigError(name, value, "there is no such key", ours if "=" in ours else f"{ours}=...")
     near = _nearest_key(name, known)
-    raise ConfigError(name, value, "there is no such key", f"{near}={value}" if near else f"lorica {verb} --help")
+    meant = pasted(near or name, value) if isinstance(value, str) else f"{near}={as_typed(value)}"
+    raise ConfigError(name, value, "there is no such key", meant if near else f"lorica {verb} --help")
 
 
 def _nearest_key(name: str, known: list[str]) -> str | None:

@@ -130,7 +130,7 @@ MISTAKES = {
         "resume=outputs/2026-01-02", "resume=outputs/2026-01-02: must be auto, required or a run", "did you mean outputs/2026-01-01?"
     ),
     "word for resume": wrong("resume=atuo", "resume=atuo: must be auto, required or a run folder", "try: resume=auto"),
-    "unknown key in a YAML file": wrong("--config-dir | more | data=reviews", "data.labelz=['bad', 'good']", "try: data.labels="),
+    "unknown key in a YAML file": wrong("--config-dir | more | data=reviews", "data.labelz=[bad,good]", "try: data.labels=[bad,good]"),
     # Hydra's syntax
     "unreadable value": wrong(
         "data.prompt_template=Label {text}: ", "data.prompt_template=Label {text}: ", "can't be read", '="Label {text}: "'
@@ -220,8 +220,8 @@ MORE_MISTAKES = {
     ),
     "fewer than no recomputed layers": wrong("trainer.gradient_checkpointing=-1", "trainer.gradient_checkpointing=-1: must be null"),
     "share of recomputed layers": wrong("trainer.gradient_checkpointing=0.5", "trainer.gradient_checkpointing=0.5: must be null"),
-    "list of recomputed layers": wrong("trainer.gradient_checkpointing=[1,2]", "trainer.gradient_checkpointing=[1, 2]: must be null"),
-    "betas of sgd": wrong("optimizer.name=sgd | optimizer.betas=[0.8,0.9]", "optimizer.betas=[0.8, 0.9]: sgd has none", "try: "),
+    "list of recomputed layers": wrong("trainer.gradient_checkpointing=[1,2]", "trainer.gradient_checkpointing=[1,2]: must be null"),
+    "betas of sgd": wrong("optimizer.name=sgd | optimizer.betas=[0.8,0.9]", "optimizer.betas=[0.8,0.9]: sgd has none", "try: "),
     "configuration of a grid": wrong("-m | model.lora.r=8,16 | --cfg | job", "--cfg=job: shows one run, not a grid", "leave -m"),
     "configuration of something else": wrong("--cfg | hydra", "--cfg=hydra: shows the job's configuration only", "try: --cfg job"),
     "removed group": wrong("~trainer", "~trainer: keys can't be removed", "try: trainer=..."),

@@ -81,7 +81,7 @@ def test_a_run_within_the_limits_goes_on(lorica: Lorica, folder: Path) -> None:
 
 def test_a_grid_trains(lorica: Lorica) -> None:
     code, said = lorica("train", "-m", "seed=0,1", "data.report_only=true")
-    assert code == 2 and "data.report_only=True: stops before training" in said
+    assert code == 2 and "data.report_only=true: stops before training" in said
 
 
 @pytest.mark.parametrize("value", ["0.5", "1.1", "high"])
