@@ -9,16 +9,20 @@ from pathlib import Path
 from lorica.plots import BLUE, INK, ORANGE, new_figure, save_figure
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-# The legend's name -> (file, colour).
-GRIDS = {"looked at while developing": ("memory_h200.json", BLUE), "held out": ("memory_held_out_h200.json", ORANGE)}
+# The legend's name -> (files, colour).
+GRIDS = {
+    "looked at while developing": (["memory_h200.json"], BLUE),
+    "held out": (["memory_held_out_h200.json", "memory_held_out_2_h200.json"], ORANGE),
+}
 
 
 def draw(file: Path) -> None:
     """Predicted over measured, and the relative error, by measured size."""
     figure, axes = new_figure(11, 4.2, 2)
     sizes, errors = axes[0]
-    for label, (name, colour) in GRIDS.items():
-        points = [point for point in json.loads((RESULTS / name).read_text("utf-8"))["points"] if "error" in point]
+    for label, (names, colour) in GRIDS.items():
+        found = [json.loads((RESULTS / name).read_text("utf-8")) for name in names]
+        points = [point for grid in found for point in grid["points"] if "error" in point]
         measured = [point["measured_gib"] for point in points]
         sizes.plot(measured, [point["predicted_gib"] for point in points], "o", color=colour, markersize=5, label=f"{len(points)} {label}")
         errors.plot(measured, [100 * point["error"] for point in points], "o", color=colour, markersize=5)

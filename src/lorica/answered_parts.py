@@ -61,8 +61,8 @@ class Parts:
                 if file.name not in (STATE, LOCK):
                     why = _difference(before, self.identity)
                     file.unlink()
-        chunks = [list(chunk) for chunk in survey.chunks]
-        write_json(self.folder / STATE, {"identity": self.identity, "survey": dataclasses.asdict(survey) | {"chunks": chunks}})
+        known = dataclasses.asdict(dataclasses.replace(survey, kept=None)) | {"chunks": [list(chunk) for chunk in survey.chunks]}
+        write_json(self.folder / STATE, {"identity": self.identity, "survey": known})
         return why
 
     def path(self, chunk: int | None) -> Path:

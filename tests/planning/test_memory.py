@@ -46,7 +46,7 @@ def test_measured_peaks_of_the_7b_are_met_within_three_percent(case: str) -> Non
     assert memory.total(memory.train(planned, H200)) / GIB == pytest.approx(measured, rel=0.03)
 
 
-@pytest.mark.parametrize("grid", ["memory_h200.json", "memory_held_out_h200.json"])
+@pytest.mark.parametrize("grid", ["memory_h200.json", "memory_held_out_h200.json", "memory_held_out_2_h200.json"])
 def test_the_measured_grids_are_as_near_as_is_said(grid: str) -> None:
     """As the figures' own summary has it, which docs/planning.md names."""
     rows = json.loads((RESULTS / grid).read_text())["points"]

@@ -394,8 +394,25 @@ def test_chunks_end_at_so_many_rows_or_letters(tmp_path: Path, monkeypatch: pyte
     assert [len(e.text) for e in chunk.examples.values()] == [1] and chunk.faults == {1: "in.jsonl:11 has no text"}
 
 
+@pytest.mark.parametrize("limit", ["KEPT_ROWS", "CHUNK_LETTERS"])
+def test_a_small_file_is_read_once_and_gives_what_a_large_one_does(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, sound = tmp_path / "in.csv", "id,text\n" + "".join(f"{i},row {i}\n" for i in range(20))
+    file.write_text(sound + "20,\n" + "21,last\n", "utf-8")
+    small = look_through(file, TASK, None, 6, ".csv")
+    assert small.kept is not None
+    monkeypatch.setattr(asked_file, limit, 10)
+    large = look_through(file, TASK, None, 6, ".csv")
+    assert large.kept is None and large.faults == 1
+    if limit == "KEPT_ROWS":
+        assert (large.chunks, large.columns) == (small.chunks, small.columns)
+        found = list(read_chunks(file, large, TASK, {0, 2, 3}))
+        file.unlink()
+        assert found == list(read_chunks(file, small, TASK, {0, 2, 3}))
+
+
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
-def test_memory_does_not_grow_with_the_file(ending: str, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_file(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asked_file, "KEPT_ROWS", 1000)
     peaks = []
     for n in (2_000, 20_000):
         file, rows = tmp_path / f"{n}.{ending}", [{"id": i, "text": f"{i} " + 20 * "word "} for i in range(n)]

@@ -1,4 +1,4 @@
-"""A file of rows to answer: looked through once for what its answers need to know, then read chunk by chunk."""
+"""A file of rows to answer: looked through once for what its answers need to know, then read chunk by chunk, where it is not small."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lorica.data.rows import BadRow
 
 ADDED = frozenset(("prediction", "probability", "probabilities", "error"))  # what an answered row has besides its own
 CHUNK_LETTERS = 1 << 23  # of a chunk's rows: what they take in memory
+KEPT_ROWS = 1 << 14  # of a file that is read once only, where they hold no more than CHUNK_LETTERS
 MOST_COLUMNS = 10_000  # of a table
 SHOWN_FAULTS = 3
 WHOLE = 2**53  # integers up to here are floating-point numbers too
@@ -29,7 +30,7 @@ class Survey:
     chunks: (rows, rows that can be answered) of each. first_faults: of rows that can't be, by file and line. columns: name -> kind of
     its values: text, bool, int (wide beyond WHOLE), float or json, "" where nobody asks; in the order they first appear, none where
     the output has no columns. column: the one with the texts, where it was said. only: the only one of the first sound row, which has
-    none by the names of the training data.
+    none by the names of the training data. kept: the rows as they are asked, of a small file that was looked through just now.
     """
 
     chunks: list[tuple[int, int]] = field(default_factory=list)
@@ -38,6 +39,14 @@ class Survey:
     columns: dict[str, str] = field(default_factory=dict)
     column: str | None = None
     only: str | None = None
+    kept: list[tuple[Row, Example | str]] | None = None
+
+    def keep(self, row: Row, asked: Example | str, letters: int) -> None:
+        """One more of the rows, which hold so many letters in all; none are kept once they are many."""
+        if self.kept is not None:
+            self.kept.append((row, asked))
+            if len(self.kept) > KEPT_ROWS or letters > CHUNK_LETTERS:
+                self.kept = None
 
     @property
     def answerable(self) -> int:
@@ -84,9 +93,9 @@ def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_row
     Raises:
         ConfigError: columns with the names of ours, no text column, too many columns for a table, a file that can't be read.
     """
-    survey = Survey(column=column, only=look_ahead(path, task, column))
+    survey = Survey(column=column, only=look_ahead(path, task, column), kept=[])
     table, kinds = ending != ".jsonl", ending == ".parquet"
-    rows = sound = letters = 0
+    rows = sound = letters = in_all = 0
     for row in read_input(path):
         _refuse_added(path, row.fields)
         if table:
@@ -96,13 +105,14 @@ def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_row
                 survey.columns.update(dict.fromkeys(row.fields, ""))
             if len(survey.columns) > MOST_COLUMNS:
                 raise ConfigError("output", None, f"{path.name} has more than {MOST_COLUMNS:,} columns", "output=scored.jsonl")
-        rows, letters = rows + 1, letters + _letters(row.fields)
+        rows, letters, in_all = rows + 1, letters + (more := _letters(row.fields)), in_all + more
         if isinstance(asked := ask(row, task, survey), Example):
             sound += 1
         else:
             survey.faults += 1
             if len(survey.first_faults) < SHOWN_FAULTS:
                 survey.first_faults.append(asked)
+        survey.keep(row, asked, in_all)
         if rows == chunk_rows or letters >= CHUNK_LETTERS:
             survey.chunks.append((rows, sound))
             rows = sound = letters = 0
@@ -119,17 +129,18 @@ def read_chunks(path: Path, survey: Survey, task: dict[str, Any], wanted: Collec
     Raises:
         ConfigError: the file has other rows now.
     """
-    reader = read_input(path)
+    reader: Iterator[tuple[Row, Example | str | None]]
+    reader = iter(survey.kept) if survey.kept is not None else ((row, None) for row in read_input(path))
     for number, (size, sound) in enumerate(survey.chunks[: max(wanted, default=-1) + 1]):
         rows = list(islice(reader, size)) if number in wanted else []
         if number not in wanted:
             next(islice(reader, size - 1, size), None)
             continue
-        asked = {i: ask(row, task, survey) for i, row in enumerate(rows)}
+        asked = {i: ask(row, task, survey) if known is None else known for i, (row, known) in enumerate(rows)}
         examples = {i: e for i, e in asked.items() if isinstance(e, Example)}
         if (len(rows), len(examples)) != (size, sound):
             raise changed(path)
-        yield Chunk(number, rows, examples, {i: e for i, e in asked.items() if isinstance(e, str)})
+        yield Chunk(number, [row for row, _ in rows], examples, {i: e for i, e in asked.items() if isinstance(e, str)})
 
 
 def changed(path: Path) -> ConfigError:

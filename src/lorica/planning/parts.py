@@ -89,7 +89,7 @@ def smallest(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | N
 
 def told(size: Size, config: TrainConfig, card: Card) -> str:
     """What to tell the user of a size that was not asked for."""
-    cut = f"micro-batches run in {size.parts} parts, with the same rows and the same loss a step" if size.parts > 1 else ""
+    cut = f"micro-batches run in {size.parts} parts (the same rows and the same loss a step)" if size.parts > 1 else ""
     moved = "the input embeddings wait in host memory" if size.host_embeddings and not config.trainer.offload_embeddings else ""
     return f"to fit {card.usable / GIB:.1f} GiB, {' and '.join(filter(None, (cut, moved)))}"
 
