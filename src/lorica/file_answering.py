@@ -1,7 +1,8 @@
 """Answers the rows of a file chunk by chunk, on one device or on several, each a process of its own.
 
-Memory holds three chunks at most, one that is read, one that is answered, one that is written, or a small file's rows. What a chunk is and how its
-batches are made follows from the file and the settings alone, so that the output is the same bytes however often it was broken off.
+Memory holds three chunks at most, one that is read, one that is answered, one that is written, or a small file's rows. What a chunk is
+and how its batches are made follows from the file and the settings alone, so that the output is the same bytes however often it was
+broken off.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -69,6 +71,16 @@ class Stop:
             raise Interrupted(signum)
         if self.promise:
             os.write(2, f"\nlorica: {signal.Signals(signum).name}: {self.promise}\n".encode())
+
+
+@contextmanager
+def none_for_children() -> Iterator[None]:
+    """Processes that are started here never get SIGNALS, which schedulers send to the whole process group; this one gets them later."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def in_worker(worker: int) -> None:

@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -235,6 +237,32 @@ def test_a_signal_saves_and_exits_with_75_and_the_run_goes_on_to_the_same_weight
     ours, theirs = adapter(run), adapter(whole.parent / "two")
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
     assert log_of(run) == log_of(whole.parent / "two")
+
+
+COMPILING = """
+import os, signal, time
+from lorica.kernels.layers import start_compilers
+noted = []
+for signum in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(signum, lambda signum, frame: noted.append(signum))
+start_compilers()
+from torch._inductor.async_compile import AsyncCompile
+under_way = AsyncCompile.process_pool().submit(time.sleep, 3)
+AsyncCompile.process_pool().submit(abs, -1).result(60)  # its processes are there
+os.killpg(0, signal.SIGUSR1)
+os.killpg(0, signal.SIGTERM)
+under_way.result(60)
+print(sorted(noted) == sorted([signal.SIGTERM, signal.SIGUSR1]), AsyncCompile.process_pool().submit(abs, -7).result(60))
+"""
+
+
+def test_a_signal_to_the_process_group_leaves_the_compiler_its_processes() -> None:
+    """As schedulers send them. torch would wait for the answers of those that are gone."""
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILING], env=environment, capture_output=True, text=True, timeout=120, start_new_session=True
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["True", "7"]), done.stderr
 
 
 def log_of(run: Path) -> list[dict[str, str]]:

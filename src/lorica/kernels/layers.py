@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorica.kernels.dropout import seed_adapters
 from lorica.kernels.loss import draws
+from lorica.signals import none_for_children
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
@@ -25,6 +26,17 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def start_compilers() -> None:
+    """Start the compiler's processes before it does, with signals blocked: torch waits forever for one that was ended by a signal to its
+    process group (pytorch#189290), while the state of a run that is asked to stop is to be saved after the step under way."""
+    with suppress(ImportError, AttributeError):  # no public names
+        from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+
+        if get_compile_threads() > 1:
+            with none_for_children():
+                AsyncCompile.process_pool()
 
 
 class Layers:
@@ -75,6 +87,7 @@ class Layers:
         self._compiled = torch.compile(_forward, dynamic=False) if on else None
         self._compiled_recomputed = torch.compile(_forward_recomputed, dynamic=False) if on else None
         if on:
+            start_compilers()
             # two kinds of layers (the first has an input without gradient), some sizes: more than dynamo's default limit of 8 may come
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
 
