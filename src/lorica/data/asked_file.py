@@ -105,7 +105,8 @@ def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_row
                 survey.columns.update(dict.fromkeys(row.fields, ""))
             if len(survey.columns) > MOST_COLUMNS:
                 raise ConfigError("output", None, f"{path.name} has more than {MOST_COLUMNS:,} columns", "output=scored.jsonl")
-        rows, letters, in_all = rows + 1, letters + (more := _letters(row.fields)), in_all + more
+        size = _letters(row.fields)
+        rows, letters, in_all = rows + 1, letters + size, in_all + size
         if isinstance(asked := ask(row, task, survey), Example):
             sound += 1
         else:

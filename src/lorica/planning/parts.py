@@ -17,7 +17,7 @@ MOST_PARTS = 64
 BETTER = 1.03  # times as fast must another way be than the one with fewer parts
 HOST_EMBEDDINGS = 0.99  # of the rate without
 # Of its rate is a way worth that leaves less memory than a run keeps where it has a choice: it may not fit when it is tried, for the
-# allocator's pieces, and is then run in twice as many parts as they come.
+# allocator's pieces, and then runs in twice as many parts, however slow these are.
 TIGHT = 0.85
 
 
