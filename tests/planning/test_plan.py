@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from lorica.composition import compose
-from lorica.planning import changes, runner
-from lorica.planning.cards import CARDS
+from lorica.planning import changes, memory, runner
+from lorica.planning.cards import CARDS, GIB
 from lorica.planning.lengths import look
 from lorica.planning.pace import rate
 from lorica.planning.shapes import find_shape
@@ -36,6 +36,19 @@ def test_a_run_that_fits(lorica: Lorica) -> None:
         assert said in printed
     assert "lorica merge takes 13.72 GiB, more than this card has" in printed and "lorica predict takes" not in printed
     assert "lorica merge takes" not in lorica("plan", "model=mistral_qlora", "data=sentiment", "gpu=l4_24gb")[1]
+    code, printed = lorica("plan", "model=mistral_qlora", "data=sentiment", "gpu.memory_gib=6")
+    assert code == 0 and "lorica predict takes" not in printed  # its batches are halved
+
+
+def test_batches_of_prediction_are_halved_until_they_fit_down_to_single_rows() -> None:
+    job = planned("model=mistral_qlora", "data=sentiment", card="h200_141gb").fit.job
+    weights = memory.total(memory.predict(job, CARDS["h200_141gb"])) - memory.predict(job, CARDS["h200_141gb"])["activations"]
+
+    def activations(gib: float) -> float:
+        return memory.predict(job, replace(CARDS["h200_141gb"], memory=int(weights + gib * GIB), context=0))["activations"]
+
+    assert activations(9) == 2 * activations(1.5) == 4 * activations(0.7)
+    assert activations(0) == pytest.approx(memory.forward(job, job.tokens // job.rows), rel=1.0)
 
 
 def test_a_run_that_does_not_fit_is_told_what_to_change(lorica: Lorica) -> None:

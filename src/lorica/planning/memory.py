@@ -249,16 +249,18 @@ def merge(job: Job, card: Card) -> Parts:
 
 
 def predict(job: Job, card: Card) -> Parts:
-    """`lorica predict` with the adapter, where labels are scored; generation keeps keys and values besides."""
-    tokens = max(1, PREDICTED_ELEMENTS // job.shape.hidden)
-    adapters = {} if job.way.full else {"adapters": 4.0 * job.trained}
-    return {
+    """`lorica predict` with the adapter, where labels are scored: in batches that are halved until they fit, down to single rows
+    (`scoring`). Generation keeps keys and values besides."""
+    held = {
         **weights(replace(job, host_embeddings=False)),
-        **adapters,
-        "activations": forward(job, tokens),
+        **({} if job.way.full else {"adapters": 4.0 * job.trained}),
         **dequantised(replace(job, resident=False)),
         "library workspaces": float(card.workspace),
     }
+    tokens, row = max(1, PREDICTED_ELEMENTS // job.shape.hidden), job.tokens // max(1, job.rows)
+    while tokens >= 2 * row and (total(held) + forward(job, tokens)) * (1 + PIECES) > card.usable:
+        tokens //= 2
+    return {**held, "activations": forward(job, tokens)}
 
 
 PHASES = {"load": load, "train": train, "evaluate": evaluate, "save": save, "merge": merge, "predict": predict}
