@@ -52,7 +52,8 @@ class Turns:
 
     def __init__(self, gpu: str) -> None:
         self._environment = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
-        self._next = self._now = self._started()
+        self._now: subprocess.Popen[str] | None = None
+        self._next: subprocess.Popen[str] | None = None
         self.closed = False
 
     def _started(self) -> subprocess.Popen[str]:
@@ -64,14 +65,15 @@ class Turns:
         Raises:
             Failed: it exits with an error, or is not done in time.
         """
-        self._now, self._next = self._next, self._started()
+        self._now = self._next or self._started()
+        self._next = self._started()
         finish(self._now, timeout, json.dumps({"limit": limit, "overrides": overrides}) + "\n")
 
     def close(self) -> None:
         """Nothing more is to be run, nor what runs now to be ended."""
         self.closed = True
         for process in (self._now, self._next):
-            if process.poll() is None:
+            if process is not None and process.poll() is None:
                 stop(process)
 
 

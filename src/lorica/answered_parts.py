@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.answers import join
+from lorica.config import as_typed
 from lorica.data.asked_file import Survey
 from lorica.durable import MANIFEST, replacing, sha256, sync_folder, write_json
 from lorica.runs import Held
@@ -134,5 +135,5 @@ def _difference(before: Any, now: Mapping[str, Any]) -> str:
     for name, value in now.items():
         if (old := before.get(name)) != value:
             long = isinstance(value, (list, dict)) or len(str(value)) > 40 or len(str(old)) > 40
-            parts.append(f"{name} is another" if long else f"{name} was {'null' if old is None else old}")
+            parts.append(f"{name} is another" if long else f"{name} was {as_typed(old)}")
     return ", ".join(parts)

@@ -32,6 +32,7 @@ from lorica.config import (
     PushConfig,
     TrainConfig,
     TrainerConfig,
+    as_typed,
 )
 
 DATA_ENDINGS = (".csv", ".jsonl", ".json", ".parquet")
@@ -296,12 +297,26 @@ def _check_data(data: DataConfig) -> None:
                     raise ConfigError(f"data.{name}", repr(getattr(data, name)), f"must contain {part}")
 
 
-def pasted(key: str, value: str) -> str:
+def pasted(key: str, value: object) -> str:
     """key=value as it is pasted into a shell: a text that Hydra's grammar would not take as it stands is in quotes."""
+    return in_shell(f"{key}={_in_grammar(value)}")
+
+
+def in_shell(text: str) -> str:
+    """One word of a shell's."""
+    return text if re.fullmatch(r"[\w./:@+=,\[\]-]*", text, re.ASCII) else shlex.quote(text)
+
+
+def _in_grammar(value: object) -> str:
+    """As Hydra reads it: a text that would be something else, or nothing, is in quotes."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_in_grammar, value))}]"
+    if not isinstance(value, str):
+        return as_typed(value)
     if re.fullmatch(r"[A-Za-z_./][\w./:@+-]*", value, re.ASCII) and value.lower() not in ("null", "true", "false", "nan", "inf"):
-        return f"{key}={value}"
+        return value
     inner = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value)  # a backslash is one elsewhere
-    return shlex.quote(f'{key}="{inner}"')
+    return f'"{inner}"'
 
 
 def sibling(path: Path) -> str:

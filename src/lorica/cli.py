@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lorica.checks import check_step, nearest, sibling
+from lorica.checks import check_step, in_shell, nearest, sibling
 from lorica.composition import complete, compose, compose_tree
 from lorica.config import VERBS, CompareConfig, ConfigError, DoctorConfig, PlanConfig, TrainConfig
 from lorica.options import group_options, register_plugins
@@ -153,7 +153,7 @@ def _own(verb: str, typed: list[str], config_dir: str | None) -> tuple[list[str]
     for text in others:
         name, _, value = text.partition("=")
         if "." not in name and name not in group_options(config_dir) and (near := nearest(name, own)):
-            raise ConfigError(name, value, "there is no such key", f"{near}={value}")
+            raise ConfigError(name, value, "there is no such key", in_shell(f"{near}={value}"))
     return mine, others
 
 

@@ -36,7 +36,9 @@ def as_typed(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
         return f"[{','.join(map(as_typed, value))}]"
-    return str(value).replace("\n", "\\n")
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{as_typed(k)}:{as_typed(v)}' for k, v in value.items())}}}"
+    return str(value)
 
 
 class NotApplicable(ConfigError):

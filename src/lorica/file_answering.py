@@ -75,7 +75,7 @@ def answer_chunks(job: Job, predictor: Predictor, wanted: Sequence[int], done: C
     answered: deque[tuple[Chunk, Callable[[], list[Answer]]]] = deque()
     chunks = read_chunks(job.source, job.survey, job.task, set(wanted))
 
-    def counted(n: int) -> None:
+    def noted(n: int) -> None:
         done(n)
         if stop.asked is not None:
             raise Interrupted(stop.asked)
@@ -94,7 +94,7 @@ def answer_chunks(job: Job, predictor: Predictor, wanted: Sequence[int], done: C
     try:
         with closing(_one_ahead(chunks)) as coming:
             for chunk in coming:
-                answered.append((chunk, predictor.begin(list(chunk.examples.values()), size, counted)))
+                answered.append((chunk, predictor.begin(list(chunk.examples.values()), size, noted)))
                 while len(answered) > (1 if job.kind == "cuda" else 0):  # the chunk before is written while a GPU has this one to do
                     keep()
     finally:

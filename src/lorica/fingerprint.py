@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import lorica
 from lorica.checks import pasted, walk
-from lorica.config import ConfigError, TrainConfig
+from lorica.config import ConfigError, TrainConfig, as_typed
 from lorica.data.batching import PLAN_VERSION
 from lorica.data.token_cache import content_hash
 from lorica.durable import sha256
@@ -109,11 +109,7 @@ def versions() -> dict[str, str]:
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`key (value then, value now)` of what was known then and is another now; keys that are new to this version are not compared."""
-    return [f"{key} ({_shown(then[key])} then, {_shown(now.get(key))} now)" for key in then if key not in now or then[key] != now[key]]
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value)
+    return [f"{key} ({as_typed(then[key])} then, {as_typed(now.get(key))} now)" for key in then if key not in now or then[key] != now[key]]
 
 
 def check_same(folder: object, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ def _keys(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             about: Mapping[str, Any] = known.get(name, {})
             choices = "one of " + ", ".join(about["choices"]) if about.get("choices") else ""
             meaning = "; ".join(filter(None, (about.get("meaning"), choices, limits(about))))
-            yield redact(f"{prefix}{name}={as_typed(value)}"), meaning
+            yield redact(f"{prefix}{name}={as_typed(value)}").replace("\n", "\\n"), meaning
 
 
 def laid_out(keys: Iterator[tuple[str, str]], width: int | None) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from lorica.checks import ELSEWHERE, nearest, pasted
 from lorica.config import DATA_SCHEMAS, LOGGER_SCHEMAS, ConfigError, NotApplicable, as_typed
 from lorica.options import group_options, schema_keys
-from lorica.secrets import REDACTED, is_secret_name
+from lorica.secrets import REDACTED, is_secret_name, redact
 
 
 def refuse_unknown(name: str, value: Any, known: list[str], tree: Any, verb: str) -> NoReturn:
@@ -32,9 +32,8 @@ def refuse_unknown(name: str, value: Any, known: list[str], tree: Any, verb: str
                 raise NotApplicable(
                     name, value, f"is a key of {section}={'|'.join(owners)}, not of {section}={chosen}", f"{section}={owners[0]}"
                 )
-    if "." not in name and nearest(name, groups) and name not in groups and isinstance(value, str):
-        group = nearest(name, groups)
-        raise ConfigError(name, value, f"there is no such group or key; groups are {', '.join(groups)}", f"{group}={value}")
+    if "." not in name and (group := nearest(name, groups)) and name not in groups and isinstance(value, str):
+        raise ConfigError(name, value, f"there is no such group or key; groups are {', '.join(groups)}", _meant(group, value))
     leaf = name.rpartition(".")[2]
     if isinstance(value, dict):
         group = nearest(name, {k.rpartition(".")[0] for k in known} - {""})
@@ -43,8 +42,12 @@ def refuse_unknown(name: str, value: Any, known: list[str], tree: Any, verb: str
         ours = ELSEWHERE[leaf]
         raise ConfigError(name, value, "there is no such key", ours if "=" in ours else f"{ours}=...")
     near = _nearest_key(name, known)
-    meant = pasted(near or name, value) if isinstance(value, str) else f"{near}={as_typed(value)}"
-    raise ConfigError(name, value, "there is no such key", meant if near else f"lorica {verb} --help")
+    raise ConfigError(name, value, "there is no such key", _meant(near, value) if near else f"lorica {verb} --help")
+
+
+def _meant(key: str, value: Any) -> str:
+    """What to paste; a secret is not written again, in which another form of it would not be known for one."""
+    return pasted(key, value) if redact(as_typed(value)) == as_typed(value) else f"{key}=..."
 
 
 def _nearest_key(name: str, known: list[str]) -> str | None:

@@ -129,19 +129,19 @@ def _answer_rest(job: Job, version: tuple[int, int], devices: list[int], screen:
     if there:
         screen.print(f"goes on after {before:,} of {survey.answerable:,} rows, which {parts.folder} has")
     seconds = 0.0
-    counted = Counted(screen, survey.answerable, before)
+    progress = Counted(screen, survey.answerable, before)
     try:
         if len(devices) > 1 and len(wanted) > 1:
             stop.deferred = True
             begun = time.perf_counter()
-            with counted:
-                share_chunks(job, wanted, devices[: len(wanted)], counted.add, stop)
+            with progress:
+                share_chunks(job, wanted, devices[: len(wanted)], progress.add, stop)
             seconds = time.perf_counter() - begun
         elif wanted or not parts.path(None).exists():
             predictor = job.predictor(devices[0])
             stop.deferred = True
-            with counted:
-                seconds = answer_chunks(job, predictor, wanted, counted.add, stop)
+            with progress:
+                seconds = answer_chunks(job, predictor, wanted, progress.add, stop)
         stop.deferred = True
         if _version(job.source) != version:
             raise changed(job.source)

@@ -12,9 +12,10 @@ _WORDS = r"(?:api_?key|access_?key|private_?key|token|secret|password|passwd|cre
 _SECRET_NAME = re.compile(rf"(?i)(^|[._-]){_WORDS}$")
 _TOKENIZER_NAME = re.compile(r"(?i)(pad|eos|bos|unk|sep|cls|mask|eot|stop|start|special|image|next|first|last)_token$")
 # Formats published by their issuers: Hugging Face, W&B, OpenAI and Anthropic, GitHub, AWS, Google; and user:password@ in an address.
+# They begin where a word does, or after a line break that is written as two characters.
 _SECRET_VALUE = re.compile(
-    r"\bhf_[A-Za-z0-9]{16,}|\bwandb_v\d_[A-Za-z0-9_]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
-    r"|\bgithub_pat_[A-Za-z0-9_]{20,}|\bAKIA[A-Z0-9]{16}\b|\bAIza[A-Za-z0-9_-]{30,}|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
+    r"(?:\b|(?<=\\[nrt]))(?:hf_[A-Za-z0-9]{16,}|wandb_v\d_[A-Za-z0-9_]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}"
+    r"|github_pat_[A-Za-z0-9_]{20,}|AKIA[A-Z0-9]{16}\b|AIza[A-Za-z0-9_-]{30,})|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
     r"|(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{16,}"
 )
 _ASSIGNMENT = re.compile(rf"""(?i)(?<![\w.\-])([\w.\-]*{_WORDS})(["']?\s*[=:]\s*["']?)([^\s,}}\]"']+)""")
@@ -27,8 +28,9 @@ def is_secret_name(name: str) -> bool:
 
 
 def _from_environment() -> list[str]:
-    """Values of environment variables whose names say that they are secret."""
-    found = {v for k, v in os.environ.items() if is_secret_name(k) and len(v) >= 8}
+    """Values of environment variables whose names say that they are secret, as they are and as Python writes them."""
+    values = {v for k, v in os.environ.items() if is_secret_name(k) and len(v) >= 8}
+    found = values | {repr(v)[1:-1] for v in values}
     return sorted(found, key=len, reverse=True)
 
 

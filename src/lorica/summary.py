@@ -68,7 +68,7 @@ def plan_notes(config: TrainConfig, data: LoricaDataModule, loaded: Loaded, mach
 def tokenised_line(data: LoricaDataModule) -> str:
     """Where the token ids came from; empty where they were made within a second."""
     tokens = data.tokens
-    parts = [f"{tokens.found:,} tokenised rows from the cache"] if tokens.found else []
+    parts = [f"{counted(tokens.found, 'tokenised row')} from the cache"] if tokens.found else []
     if tokens.seconds > 1.0:
         parts.append(f"tokenised {counted(tokens.made, 'row')} in {duration(tokens.seconds)}")
     return ", ".join(parts)

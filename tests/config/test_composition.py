@@ -497,11 +497,11 @@ def test_a_printed_command_asks_the_same_text(text: str) -> None:
     assert composition.compose("predict", words).text == text
 
 
-@pytest.mark.parametrize(
-    "value",
-    ["a", "a b", 'say "it"', "a\\b", "end\\", '\\"', "null", "True", "1e3", "1_0", "007", "ö", "a,b", "[x]", "${y}", "x=y", "/t/a-b_1.csv"],
-)
-def test_a_proposal_is_read_as_the_text_it_stands_for(value: str) -> None:
+TEXTS = ["a", "a b", 'say "it"', "a\\b", "end\\", '\\"', "null", "True", "1e3", "1_0", "007", "ö", "a,b", "[x]", "${y}", "x=y", "/t/a-b_1.csv"]
+
+
+@pytest.mark.parametrize("value", [*TEXTS, TEXTS, ["a", "true", True, 1, 0.5, None], [["a b"], "c"], [], 7, 1e-4, False, None])
+def test_a_proposal_is_read_as_the_value_it_stands_for(value: Any) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     (typed,) = shlex.split(pasted("resume", value))

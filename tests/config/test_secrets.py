@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from lorica import cli, composition
+from lorica.config import ConfigError
 from lorica.runs import to_yaml
 from lorica.secrets import REDACTED, is_secret_name, redact, redact_tree
 
@@ -87,6 +89,22 @@ def test_values_of_secret_environment_variables_go(monkeypatch: pytest.MonkeyPat
     assert redact("key wJalrXUtnFEMI/K7MDENG.") == "key ***."
     assert redact("wrote outputs/here of abc") == "wrote outputs/here of abc"
     assert redact_tree({"tags": [f"x{HEX}y"]}) == {"tags": ["x***y"]}
+
+
+@pytest.mark.parametrize("form", [str, repr])
+def test_what_comes_after_a_line_break_goes_however_it_is_written(form: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIGNING_PRIVATE_KEY", "-----BEGIN-----\nMIIEow=\n-----END-----")
+    for text in (f"a\n{SECRETS['hugging face']}", "is\n-----BEGIN-----\nMIIEow=\n-----END-----"):
+        shown = redact(str(ConfigError("text", form(text), "is another")))
+        assert REDACTED in shown and "aB3" not in shown and "MIIEow" not in shown
+
+
+def test_a_proposal_does_not_write_a_secret_in_another_form(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("DB_PASSWORD", 'pa"ssword1')
+    with pytest.raises(SystemExit):
+        cli.main("train", ['model.basee="pa\\"ssword1"'])
+    said = capsys.readouterr().err
+    assert "model.basee=***" in said and "try: model.base=..." in said and "ssword1" not in said
 
 
 def test_the_longer_of_two_overlapping_values_goes_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,6 +265,22 @@ def test_a_signal_to_the_process_group_leaves_the_compiler_its_processes() -> No
     assert (done.returncode, done.stdout.split()) == (0, ["True", "7"]), done.stderr
 
 
+def test_an_exit_does_not_wait_for_what_is_compiled() -> None:
+    program = """
+import time
+from lorica.kernels.layers import start_compilers
+start_compilers()
+from torch._inductor.async_compile import AsyncCompile
+AsyncCompile.process_pool().submit(abs, -1).result(60)
+AsyncCompile.process_pool().submit(time.sleep, 60)
+time.sleep(0.5)
+print(time.time())
+"""
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and time.time() - float(done.stdout) < 20, done.stderr
+
+
 def log_of(run: Path) -> list[dict[str, str]]:
     with (run / "metrics.csv").open(newline="") as file:
         return [{k: v for k, v in row.items() if k != "train/tokens_per_second"} for row in csv.DictReader(file)]

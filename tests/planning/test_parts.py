@@ -58,7 +58,7 @@ def test_the_smaller_the_card_the_less_it_holds_at_once() -> None:
     assert peaks == sorted(peaks)
 
 
-def test_a_way_that_may_not_fit_when_it_is_tried_is_taken_for_want_of_another_only() -> None:
+def test_a_way_that_may_not_fit_when_it_is_tried_is_taken_where_others_are_far_slower() -> None:
     config, shape, lengths = run("trainer.tokens_per_batch=8192")
     whole = parts.sized(config, shape, card(6), lengths, Size(1, True)).fit
     assert whole.fits and whole.peak > memory.limit(card(6))

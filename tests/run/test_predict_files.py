@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -408,6 +410,16 @@ def test_a_small_file_is_read_once_and_gives_what_a_large_one_does(limit: str, t
         found = list(read_chunks(file, large, TASK, {0, 2, 3}))
         file.unlink()
         assert found == list(read_chunks(file, small, TASK, {0, 2, 3}))
+
+
+def test_wide_rows_and_long_prompts_are_not_kept_and_none_go_to_other_processes(tmp_path: Path) -> None:
+    (tmp_path / "wide.csv").write_text(",".join(["text", *(f"c{i}" for i in range(400))]) + "\n" + 400 * ("a" + 400 * "," + "\n"))
+    assert look_through(tmp_path / "wide.csv", TASK, None, 100, ".csv").kept is None
+    (tmp_path / "few.csv").write_text("text\n" + 400 * "a\n")
+    small = look_through(tmp_path / "few.csv", TASK, None, 100, ".csv")
+    assert small.kept is not None and pickle.loads(pickle.dumps(small)) == dataclasses.replace(small, kept=None)
+    long = TASK | {"prompt_template": 50_000 * "a" + "{text}"}
+    assert look_through(tmp_path / "few.csv", long, None, 100, ".csv").kept is None
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])

@@ -1,4 +1,4 @@
-"""A file of rows to answer: looked through once for what its answers need to know, then read chunk by chunk, where it is not small."""
+"""A file of rows to answer: looked through once for what its answers need to know, and read again chunk by chunk, where it is not small."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorica.data.rows import BadRow
 
 ADDED = frozenset(("prediction", "probability", "probabilities", "error"))  # what an answered row has besides its own
 CHUNK_LETTERS = 1 << 23  # of a chunk's rows: what they take in memory
-KEPT_ROWS = 1 << 14  # of a file that is read once only, where they hold no more than CHUNK_LETTERS
+KEPT_ROWS, FIELD = 1 << 14, 64  # of a file that is read once only, if they hold no more than CHUNK_LETTERS, a field counted as so many
 MOST_COLUMNS = 10_000  # of a table
 SHOWN_FAULTS = 3
 WHOLE = 2**53  # integers up to here are floating-point numbers too
@@ -41,12 +41,16 @@ class Survey:
     only: str | None = None
     kept: list[tuple[Row, Example | str]] | None = None
 
-    def keep(self, row: Row, asked: Example | str, letters: int) -> None:
-        """One more of the rows, which hold so many letters in all; none are kept once they are many."""
+    def keep(self, row: Row, asked: Example | str, held: int) -> None:
+        """One more of the rows, which take as much memory as so many letters in all; none are kept once they are many."""
         if self.kept is not None:
             self.kept.append((row, asked))
-            if len(self.kept) > KEPT_ROWS or letters > CHUNK_LETTERS:
+            if len(self.kept) > KEPT_ROWS or held > CHUNK_LETTERS:
                 self.kept = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Other processes read the file."""
+        return self.__dict__ | {"kept": None}
 
     @property
     def answerable(self) -> int:
@@ -95,7 +99,7 @@ def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_row
     """
     survey = Survey(column=column, only=look_ahead(path, task, column), kept=[])
     table, kinds = ending != ".jsonl", ending == ".parquet"
-    rows = sound = letters = in_all = 0
+    rows = sound = letters = held = 0
     for row in read_input(path):
         _refuse_added(path, row.fields)
         if table:
@@ -106,14 +110,15 @@ def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_row
             if len(survey.columns) > MOST_COLUMNS:
                 raise ConfigError("output", None, f"{path.name} has more than {MOST_COLUMNS:,} columns", "output=scored.jsonl")
         size = _letters(row.fields)
-        rows, letters, in_all = rows + 1, letters + size, in_all + size
+        rows, letters, held = rows + 1, letters + size, held + size + FIELD * len(row.fields)
         if isinstance(asked := ask(row, task, survey), Example):
             sound += 1
+            held += len(asked.prompt)
         else:
             survey.faults += 1
             if len(survey.first_faults) < SHOWN_FAULTS:
                 survey.first_faults.append(asked)
-        survey.keep(row, asked, in_all)
+        survey.keep(row, asked, held)
         if rows == chunk_rows or letters >= CHUNK_LETTERS:
             survey.chunks.append((rows, sound))
             rows = sound = letters = 0

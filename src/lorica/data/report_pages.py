@@ -10,6 +10,7 @@ from typing import Any
 from lorica.data import oddities, personal
 from lorica.data.examples import SPLITS
 from lorica.pages import HTML_END, Histogram, Section, as_html, html_begin, markdown, md
+from lorica.screen import counted
 
 OPEN, CLOSE = "⟦", "⟧"  # around what is learnt, in Markdown
 
@@ -110,8 +111,9 @@ def _repeats(report: dict[str, Any]) -> Iterator[Any]:
         if near["examples"]:
             yield ["alike", "row", "text"], [line for e in near["examples"] for line in _pair(e)]
     found, what = report["conflicts"], "labels" if "labels" in report else "answers"
-    also = f" Near duplicates with different labels: {near['pairs_with_another_label']:,} pairs." if near and "labels" in report else ""
-    yield f"Training texts with different {what}: {found['texts']:,} ({found['rows']:,} rows).{also}"
+    others = near["pairs_with_another_label"] if near and "labels" in report else None
+    also = f" Near duplicates with different labels: {counted(others, 'pair')}." if others is not None else ""
+    yield f"Training texts with different {what}: {found['texts']:,} ({counted(found['rows'], 'row')}).{also}"
     if found["examples"]:
         lines = [[e["text"], "; ".join(f"{a['answer']} ({a['origin']})" for a in e["answers"])] for e in found["examples"]]
         yield ["text", what], lines

@@ -6,11 +6,14 @@ A layer's forward is replaced on the layer itself, outside of what is compiled; 
 
 from __future__ import annotations
 
+import atexit
 import functools
+import subprocess
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any
 
+import psutil
 import torch
 import torch._functorch.config
 from torch import nn
@@ -31,12 +34,21 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
 def start_compilers() -> None:
     """Start the compiler's processes before it does, with signals blocked: torch waits forever for one that was ended by a signal to its
     process group (pytorch#189290), while the state of a run that is asked to stop is to be saved after the step under way."""
-    with suppress(ImportError, AttributeError):  # no public names
+    try:
         from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+    except ImportError:  # they are no public names
+        return
+    if get_compile_threads() > 1 and not AsyncCompile.process_pool.cache_info().currsize:
+        with none_for_children():
+            pool = AsyncCompile.process_pool()
+        atexit.register(_end, getattr(pool, "process", None))
 
-        if get_compile_threads() > 1:
-            with none_for_children():
-                AsyncCompile.process_pool()
+
+def _end(helper: subprocess.Popen[bytes] | None) -> None:
+    """The compiler's processes, before torch does at the exit: they would finish what nobody wants any more, for SIGTERM is blocked."""
+    with suppress(psutil.Error, AttributeError):
+        for process in [*psutil.Process(helper.pid).children(recursive=True), helper]:  # type: ignore[union-attr]
+            process.kill()
 
 
 class Layers:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 WARM_UP = 2  # runs before the capture, for what is allocated or compiled once
-IN_FLIGHT = 8  # batches on their way to the device: 60 ms of an encoder's work, while rows are written and the next ones encoded
+IN_FLIGHT = 8  # batches on their way to the device: 80 ms of an encoder's work, while rows are written and the next ones encoded
 
 
 class CapturedSteps:

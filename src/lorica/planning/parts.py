@@ -67,7 +67,7 @@ def settled(config: TrainConfig, job: memory.Job, sizes: Batches, card: Card) ->
 
 
 def fastest(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | None) -> Sized | None:
-    """The fastest way that fits; None where none does."""
+    """The fastest way that fits, a tight one counted as slower; None where none does."""
     best, most = None, 0.0
     job, sizes = job_of(config, shape, card, lengths)
     for size in _ways(config, shape, sizes.rows):
