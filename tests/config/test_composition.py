@@ -497,7 +497,7 @@ def test_a_printed_command_asks_the_same_text(text: str) -> None:
     assert composition.compose("predict", words).text == text
 
 
-TEXTS = ["a", "a b", 'say "it"', "a\\b", "end\\", '\\"', "null", "True", "1e3", "1_0", "007", "ö", "a,b", "[x]", "${y}", "x=y", "/t/a-1.csv"]
+TEXTS = ["a", "a b", 'say "it"', "a\\b", "end\\", '\\"', "null", "True", "1e3", "1_0", "007", "ö", "a,b", "[x]", "${y}", "x=y", "/a-1.csv"]
 
 
 @pytest.mark.parametrize("value", [*TEXTS, TEXTS, ["a", "true", True, 1, 0.5, None], [["a b"], "c"], [], 7, 1e-4, False, None])
