@@ -56,6 +56,10 @@ ELSEWHERE = {
     "max_grad_norm": "trainer.gradient_clip_val",
     "max_seq_length": "model.max_length",
     "model_name_or_path": "model.base",
+    "base_model": "model.base",
+    "val_set_size": "data.validation_fraction",
+    "optim": "optimizer.name",
+    "report_to": "logger=wandb",
     "lora_r": "model.lora.r",
     "layers_to_transform": "model.train_layers",
     "freeze_layers": "model.train_layers",
@@ -74,6 +78,11 @@ ELSEWHERE = {
     "limit_test_batches": "data.max_test_examples",
     "fast_dev_run": "debug=fast",
     "overfit_batches": "debug=overfit",
+}
+# Of these the values are others, too.
+OTHER_VALUES = {
+    *("layers_to_transform", "freeze_layers", "eval_steps", "bf16", "fp16", "ckpt_path", "resume_from_checkpoint", "val_set_size", "optim"),
+    *("limit_train_batches", "limit_val_batches", "limit_test_batches"),
 }
 
 # What to type for keys that a recipe leaves to the user.

@@ -7,6 +7,7 @@ these is measured beside, and they are written only if that is nearer.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -99,7 +100,9 @@ def run(config: MergeConfig) -> int:
         model_card.write(source, folder, {}, merged)
     screen.print(f"merged {ONTO[chosen]}, {_name(dtype)}: {target}")
     kind = "text-generation" if opened.task["task"] == "causal_lm" else "text-classification"
-    screen.print(f"next   python -c \"from transformers import pipeline; print(pipeline('{kind}', '{target}')('...'))\"")
+    program = f"from transformers import pipeline; print(pipeline({kind!r}, {str(target)!r})('...'))"
+    typed = f'"{program}"' if not set(program) & set('"$`\\!') else shlex.quote(program)
+    screen.print(f"next   python -c {typed}")
     return 0
 
 

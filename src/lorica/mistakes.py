@@ -7,7 +7,7 @@ import dataclasses
 import typing
 from typing import Any, NoReturn
 
-from lorica.checks import ELSEWHERE, nearest, pasted
+from lorica.checks import ELSEWHERE, OTHER_VALUES, nearest, pasted
 from lorica.config import DATA_SCHEMAS, LOGGER_SCHEMAS, ConfigError, NotApplicable, as_typed
 from lorica.options import group_options, schema_keys
 from lorica.secrets import REDACTED, is_secret_name, redact
@@ -32,15 +32,16 @@ def refuse_unknown(name: str, value: Any, known: list[str], tree: Any, verb: str
                 raise NotApplicable(
                     name, value, f"is a key of {section}={'|'.join(owners)}, not of {section}={chosen}", f"{section}={owners[0]}"
                 )
+    leaf = name.rpartition(".")[2]
+    if leaf in ELSEWHERE and verb == "train":
+        ours = ELSEWHERE[leaf]
+        meant = ours if "=" in ours else f"{ours}=..." if leaf in OTHER_VALUES else _meant(ours, value)
+        raise ConfigError(name, value, "there is no such key", meant)
     if "." not in name and (group := nearest(name, groups)) and name not in groups and isinstance(value, str):
         raise ConfigError(name, value, f"there is no such group or key; groups are {', '.join(groups)}", _meant(group, value))
-    leaf = name.rpartition(".")[2]
     if isinstance(value, dict):
         group = nearest(name, {k.rpartition(".")[0] for k in known} - {""})
         raise ConfigError(name, None, "there is no such group of keys", f"{group}={{...}}" if group else f"lorica {verb} --help")
-    if leaf in ELSEWHERE and verb == "train":
-        ours = ELSEWHERE[leaf]
-        raise ConfigError(name, value, "there is no such key", ours if "=" in ours else f"{ours}=...")
     near = _nearest_key(name, known)
     raise ConfigError(name, value, "there is no such key", _meant(near, value) if near else f"lorica {verb} --help")
 

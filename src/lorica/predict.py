@@ -173,8 +173,15 @@ def _chunk_rows(config: PredictConfig, task: dict[str, Any]) -> int:
 
 
 def _version(source: Path) -> tuple[int, int]:
-    """Differs once somebody has written to the file."""
-    found = source.stat()
+    """Differs once somebody has written to the file.
+
+    Raises:
+        ConfigError: it is gone.
+    """
+    try:
+        found = source.stat()
+    except OSError:
+        raise changed(source) from None
     return found.st_size, found.st_mtime_ns
 
 

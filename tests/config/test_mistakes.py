@@ -57,7 +57,7 @@ MISTAKES = {
     "key without its section": wrong("max_length=128", "max_length=128: there is no such key", "try: model.max_length=128"),
     "key of transformers": wrong("optimizer.learning_rate=1e-4", "optimizer.learning_rate=0.0001", "try: optimizer.lr="),
     "flag of Lightning's Trainer": wrong(
-        "trainer.limit_train_batches=10", "trainer.limit_train_batches=10: there is no such key", "try: data.max_train_examples="
+        "trainer.limit_train_batches=10", "trainer.limit_train_batches=10: there is no such key", "try: data.max_train_examples=..."
     ),
     "code to run": wrong("model._target_=os.system", "model._target_=os.system: nothing in a configuration can name code"),
     # values of the wrong type
@@ -383,6 +383,18 @@ def test_a_key_of_other_programs_points_to_one_of_ours() -> None:
         group, _, option = key.partition("=")
         assert theirs.rpartition(".")[2] not in {k.rpartition(".")[2] for k in ours}
         assert option in groups[group] if option else key in ours
+
+
+def test_what_other_programs_keys_say_is_proposed_for_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    for typed, meant in (
+        ("lora_r=8", "model.lora.r=8"),
+        ("model_name_or_path=a/b", "model.base=a/b"),
+        ("bf16=true", "trainer.precision=..."),
+        ("report_to=wandb", "logger=wandb"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main("train", [typed])
+        assert f"try: {meant}\n" in capsys.readouterr().err
 
 
 def test_nearest_prefers_likeness_then_beginnings_and_ignores_case() -> None:

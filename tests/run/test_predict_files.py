@@ -565,6 +565,29 @@ def test_the_only_column_is_named_where_it_is_none_of_the_runs(model: Path, tmp_
         assert code == 0 and ("texts are read from the only column, so it was" in printed) == said
 
 
+@pytest.mark.parametrize(("header", "said"), [("id,id,text", "2 columns named id"), ("id,,text,", "2 columns without a name")])
+def test_two_columns_of_one_name_are_refused(model: Path, tmp_path: Path, lorica: Lorica, header: str, said: str) -> None:
+    (tmp_path / "in.csv").write_text(f"{header}\n{','.join(header.split(',')).replace('text', 'so it is')}\n")
+    code, printed = lorica("predict", f"run={model}", f"input={tmp_path / 'in.csv'}")
+    assert code == 2 and said in printed and not (tmp_path / "in.scored.csv").exists()
+
+
+def test_an_input_that_is_gone_when_its_rows_are_answered_is_said(
+    model: Path, tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, answer = tmp_path / "in.csv", file_answering.answer_chunks
+    file.write_text("text\nso it is\n")
+
+    def then_gone(*args: Any) -> float:
+        seconds = answer(*args)
+        file.unlink()
+        return seconds
+
+    monkeypatch.setattr(file_answering, "answer_chunks", then_gone)
+    code, printed = lorica("predict", f"run={model}", f"input={file}", "accelerator=cpu")
+    assert code == 2 and "was changed while it was read" in printed and "Traceback" not in printed
+
+
 @pytest.mark.parametrize(("columns", "fix"), [("id,body", "<one of these>"), ("id,texts", "texts")])
 def test_only_a_column_that_may_be_meant_is_proposed(model: Path, tmp_path: Path, lorica: Lorica, columns: str, fix: str) -> None:
     (tmp_path / "in.csv").write_text(f"{columns}\n1,so it is\n")

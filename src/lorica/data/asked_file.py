@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -80,8 +82,9 @@ def look_ahead(path: Path, task: dict[str, Any], column: str | None) -> str | No
     """`Survey.only`, by the file's first sound row.
 
     Raises:
-        ConfigError: it has columns with the names of ours, or no text column.
+        ConfigError: it has columns with the names of ours, two of one name, or no text column.
     """
+    _refuse_twins(path)
     row = next((row for row in read_input(path) if not row.fault), None)
     if row is None:
         return None
@@ -162,6 +165,19 @@ def ask(row: Row, task: dict[str, Any], survey: Survey) -> Example | str:
         return ask_row(task, row.fields, survey.column, row.origin, survey.only)
     except BadRow as e:
         return f"{row.origin} {e}"
+
+
+def _refuse_twins(path: Path) -> None:
+    """A csv file's columns have names of their own: of two with one name, the output could have one only."""
+    if path.suffix.lower() != ".csv" or not path.is_file():
+        return
+    try:
+        header = csv_header(path)
+    except (OSError, csv.Error):  # which reading its rows says better
+        return
+    if twins := [name for name, n in Counter(header).items() if n > 1]:
+        what = f"named {twins[0]}" if twins[0] else "without a name"
+        raise ConfigError("input", path, f"has {header.count(twins[0])} columns {what}", "other names for all but one, each its own")
 
 
 def _refuse_added(path: Path, fields: dict[str, Any]) -> None:
