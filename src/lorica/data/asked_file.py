@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -127,7 +126,7 @@ def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_row
             rows = sound = letters = 0
     if rows:
         survey.chunks.append((rows, sound))
-    if table and not survey.columns and path.suffix.lower() == ".csv":
+    if table and not survey.columns:
         survey.columns.update({name: "" for name in csv_header(path) if name not in ADDED})
     return survey
 
@@ -169,12 +168,7 @@ def ask(row: Row, task: dict[str, Any], survey: Survey) -> Example | str:
 
 def _refuse_twins(path: Path) -> None:
     """A csv file's columns have names of their own: of two with one name, the output could have one only."""
-    if path.suffix.lower() != ".csv" or not path.is_file():
-        return
-    try:
-        header = csv_header(path)
-    except (OSError, csv.Error):  # which reading its rows says better
-        return
+    header = csv_header(path)
     if twins := [name for name, n in Counter(header).items() if n > 1]:
         what = f"named {twins[0]}" if twins[0] else "without a name"
         raise ConfigError("input", path, f"has {header.count(twins[0])} columns {what}", "other names for all but one, each its own")

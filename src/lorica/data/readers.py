@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -75,10 +76,14 @@ def _check_encoding(path: Path) -> None:
 
 
 def csv_header(path: Path) -> list[str]:
-    """The columns that a csv file's header line names; none where it has none."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    """The columns that a csv file's header line names; none of other files, nor where there is no line that can be read, of which
+    reading the rows says more."""
+    if path.suffix.lower() != ".csv" or not path.is_file():
+        return []
+    with suppress(OSError, csv.Error), path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         delimiter, _ = _begin(file)
         return [cell.strip() for cell in next(csv.reader([file.readline()], delimiter=delimiter), [])]
+    return []
 
 
 def _begin(file: TextIO, has_header: bool = True) -> tuple[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -124,12 +123,7 @@ class Rows:
 
     def _check_header(self, file: Path) -> None:
         """Refuse a csv file that has a column which is asked for twice."""
-        if file.suffix.lower() != ".csv" or self.config.csv_columns is not None or not file.is_file():
-            return
-        try:
-            header = csv_header(file)
-        except (OSError, csv.Error):  # which reading its rows says better
-            return
+        header = csv_header(file) if self.config.csv_columns is None else []
         for key, column in self.columns().items():
             if header.count(column) > 1:
                 raise ConfigError(

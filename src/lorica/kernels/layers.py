@@ -41,13 +41,14 @@ def start_compilers() -> None:
     if get_compile_threads() > 1 and not AsyncCompile.process_pool.cache_info().currsize:
         with none_for_children():
             pool = AsyncCompile.process_pool()
-        atexit.register(_end, getattr(pool, "process", None))
+        if (helper := getattr(pool, "process", None)) is not None:
+            atexit.register(_end, helper)
 
 
-def _end(helper: subprocess.Popen[bytes] | None) -> None:
+def _end(helper: subprocess.Popen[bytes]) -> None:
     """The compiler's processes, before torch does at the exit: they would finish what nobody wants any more, for SIGTERM is blocked."""
-    with suppress(psutil.Error, AttributeError):
-        for process in [*psutil.Process(helper.pid).children(recursive=True), helper]:  # type: ignore[union-attr]
+    with suppress(psutil.Error):
+        for process in [*psutil.Process(helper.pid).children(recursive=True), helper]:
             process.kill()
 
 
