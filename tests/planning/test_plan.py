@@ -75,6 +75,30 @@ def test_every_proposal_fits_as_it_is_pasted(model: str, gpu: str) -> None:
         assert runner.make(pasted, card, shape, lengths).fit.fits
 
 
+@pytest.mark.parametrize(
+    ("given", "gib", "proposed"),
+    [
+        (["model.lora.r=256"], 5, ["model.lora.r=32 model.lora.lora_alpha=4", "model.train_layers=last_4"]),
+        (["model.lora.r=256", "model.lora.use_rslora=true"], 5, ["model.lora.r=32 model.lora.lora_alpha=11", "model.train_layers=last_4"]),
+        (["model.quantization=null", "model.lora=null"], 8, ["model.lora={r:16} model.quantization={load_in_4bit:true}"]),
+        (["model.quantization=null", "model.lora=null"], 40, ["model.lora={r:16}", "model.train_layers=last_8"]),
+    ],
+)
+def test_fewer_weights_to_learn_are_proposed_where_that_is_enough(given: list[str], gib: int, proposed: list[str]) -> None:
+    config = compose("train", ["model=mistral_qlora", "data=sentiment", *given])
+    shape, lengths, card = find_shape(config.model, 0), look(config, 2000), replace(CARDS["rtx3070_8gb"], memory=gib * GIB)
+    pasted = [[o for change in one.taken for o in change.overrides] for one in runner.proposals(config, card, shape, lengths)]
+    assert [" ".join(one) for one in pasted] == proposed
+    for overrides in pasted:
+        again = compose("train", ["model=mistral_qlora", "data=sentiment", *given, *overrides])
+        assert runner.make(again, card, shape, lengths).fit.fits
+
+
+def test_a_card_without_bf16_is_slow_in_32_bits() -> None:
+    half, whole = (planned("model=mistral_qlora", "data=sentiment", f"trainer.precision={p}", card="t4_16gb") for p in ("auto", "32-true"))
+    assert 6 < half.pace.tokens / whole.pace.tokens < 10  # 65 and 8.1 teraflops, and the launches of neither
+
+
 def test_no_change_of_the_cheapest_can_be_left_out() -> None:
     config = compose("train", ["model=mistral_lora", "data=healthcare_qa", "trainer.tokens_per_batch=8192"])
     shape, lengths, card = find_shape(config.model, 0), look(config, 2000), CARDS["rtx3070_8gb"]

@@ -44,6 +44,13 @@ class Card:
         """Whether it multiplies in bf16: also what variable-length attention and compiled layers need here."""
         return self.capability >= 8.0
 
+    def products(self, size: int) -> float:
+        """Teraflops in numbers of so many bytes. Of four: half by TF32, which came with bf16; else fp32 outside the tensor cores, an
+        eighth (T4 8.1 of 65, V100 15.7 of 125: the maker's data sheets)."""
+        if size < 4:
+            return self.teraflops
+        return self.teraflops / (2 if self.bf16 else 8)
+
     @property
     def workspace(self) -> int:
         """Bytes of cuBLAS's workspaces (torch's defaults: 32 MiB from Hopper on, else 8 MiB; one more of cublasLt)."""

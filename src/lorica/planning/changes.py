@@ -7,10 +7,13 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 from lorica.checks import trained_layers
-from lorica.config import QuantizationSettings, TrainConfig
+from lorica.config import LoraSettings, QuantizationSettings, TrainConfig
 from lorica.planning.lengths import Lengths
 
 SHORTEST = 128  # of model.max_length that is proposed
+LEAST_RANK = 8  # of adapters that is proposed
+NF4 = "model.quantization={load_in_4bit:true}"
+ADAPTED = "adapters of rank 16 learn, the weights stay as they are"
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,15 @@ def ladder(config: TrainConfig, lengths: Lengths | None, layers: int) -> Iterato
             "trainer.gradient_checkpointing=offload",
             "the same numbers; every layer runs twice, its input waits in host memory",
         )
-    if model.quantization is None and model.lora is not None:
-        yield Change("bits", ("model.quantization={load_in_4bit:true}",), "NF4 weights: 9 % error each, a loss a little higher", _quantised)
+    if model.lora is None:
+        yield Change("adapters", ("model.lora={r:16}",), f"{ADAPTED}; they want an optimizer.lr of about 2e-4", _adapted)
+        if model.quantization is None:
+            price = f"{ADAPTED}, in NF4 with 9 % error each; adapters want an optimizer.lr of about 2e-4"
+            yield Change("adapters", ("model.lora={r:16}", NF4), price, _both)
+    elif model.quantization is None:
+        yield Change("bits", (NF4,), "NF4 weights: 9 % error each, a loss a little higher", _quantised)
+    if model.lora is not None:
+        yield from _smaller_ranks(model.lora)
     yield from _fewer_layers(layers, trained_layers(model, layers))
     length = model.max_length // 2
     while length >= SHORTEST:
@@ -90,12 +100,21 @@ def ladder(config: TrainConfig, lengths: Lengths | None, layers: int) -> Iterato
         length //= 2
 
 
+def _smaller_ranks(lora: LoraSettings) -> Iterator[Change]:
+    """Half the rank and so on; the update is scaled as before."""
+    r = lora.r // 2
+    while r >= LEAST_RANK:
+        alpha = max(1, round(lora.lora_alpha * (r / lora.r) ** (0.5 if lora.use_rslora else 1)))
+        price = f"adapters of rank {r} in place of {lora.r}, scaled as before: fewer weights to learn with, enough for many tasks"
+        yield _set("rank", f"model.lora.r={r}", price, f"model.lora.lora_alpha={alpha}")
+        r //= 2
+
+
 def _fewer_layers(layers: int, learning: int) -> Iterator[Change]:
-    """The last half of the layers that learn, the last quarter, the last eighth."""
-    for part in (2, 4, 8):
-        if count := learning // part:
-            price = f"the first {layers - count} of {layers} layers learn nothing: fewer weights to learn with, faster"
-            yield _set("layers", f"model.train_layers=last_{count}", price)
+    """The last half of the layers that learn, the last quarter and so on, down to the last one."""
+    while learning := learning // 2:
+        price = f"the first {layers - learning} of {layers} layers learn nothing: fewer weights to learn with, faster"
+        yield _set("layers", f"model.train_layers=last_{learning}", price)
 
 
 def _shorter(config: TrainConfig, lengths: Lengths | None, length: int) -> Change:
@@ -110,6 +129,15 @@ def _shorter(config: TrainConfig, lengths: Lengths | None, length: int) -> Chang
         before = max(1, config.trainer.tokens_per_batch // config.model.max_length)
         more.append(f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches * before * times}")
     return _set("length", f"model.max_length={length}", price, *more)
+
+
+def _adapted(config: TrainConfig) -> None:
+    config.model.lora = LoraSettings()
+
+
+def _both(config: TrainConfig) -> None:
+    _adapted(config)
+    _quantised(config)
 
 
 def _quantised(config: TrainConfig) -> None:

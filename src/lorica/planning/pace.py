@@ -62,9 +62,10 @@ def rate(job: Job, sizes: Batches, card: Card) -> float:
     """Tokens a second, padding not counted."""
     once = flops(replace(job, recomputed=0)) * job.tokens
     of_batch = once + AGAIN * (flops(job) * job.tokens - once)
-    share = _between(DECODERS if job.shape.decoder else ENCODERS, once * 989 / card.teraflops)  # what keeps an H200 as long
+    teraflops = card.products(job.way.b)
+    share = _between(DECODERS if job.shape.decoder else ENCODERS, once * 989 / teraflops)  # what keeps an H200 as long
     way = (1.0 if job.way.compiled else NOT_COMPILED) * (FP8 if job.fp8 else 1.0) * (OFFLOADED if job.offload else 1.0)
-    seconds = of_batch / (card.teraflops * 1e12 * REACHED * share * way)
+    seconds = of_batch / (teraflops * 1e12 * REACHED * share * way)
     if job.four_bit and (job.frozen or not job.resident):
         again = 0 if job.resident else 2 * job.learning + job.recomputed
         passes = (job.frozen + again) / max(1, job.shape.layers)
