@@ -80,6 +80,8 @@ def begin(config: TrainConfig, argv: list[str]) -> Beginning:
         if found is not None:
             return found
         notes.append("resume=auto: there is no unfinished run with an intact state; this one is fresh")
+    elif config.run_dir is None and (left := _left_unfinished(config)) is not None:
+        notes.append(f"an unfinished run of this configuration is in {left}: {going_on(left)} goes on with it; this one is fresh")
     family = _family(config)
     folder = Path(config.run_dir) if config.run_dir is not None else family / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     refuse_taken(folder)
@@ -88,7 +90,7 @@ def begin(config: TrainConfig, argv: list[str]) -> Beginning:
         folder = _make(folder, config.run_dir is None)
         held = Held(folder)
         if (away := put_away(folder)) is not None:
-            notes.append(f"an earlier start's states are now in {away}")
+            notes.append(f"an earlier start's states are now in {away}: this run is fresh, resume=auto would have gone on with them")
         write_config(folder, config, argv)
     except OSError as e:
         raise ConfigError("run_dir", folder, f"can't be written ({e.strerror or e})", "run_dir=<a folder of yours>") from None
@@ -144,6 +146,24 @@ def _resumable(config: TrainConfig, notes: list[str]) -> Beginning | None:
 
 def _candidates(config: TrainConfig) -> list[Path]:
     return [Path(config.run_dir)] if config.run_dir else _newest_first(_family(config))
+
+
+def _left_unfinished(config: TrainConfig) -> Path | None:
+    """The newest run with a state to go on from that was asked for by the same configuration, and that no process trains."""
+    from yaml import safe_load
+
+    asked = _compared(safe_load(to_yaml(config)))
+    for folder in _with_states(_candidates(config)):
+        with contextlib.suppress(ConfigError):  # its configuration can't be read, or it is being trained
+            if _compared(plain_yaml.read(folder / "config.yaml", "resume")) == asked:
+                Held(folder).release()
+                return folder
+    return None
+
+
+def _compared(config: Any) -> Any:
+    """A configuration without what says where it is written."""
+    return {k: v for k, v in config.items() if k not in ("run_dir", "resume")} if isinstance(config, dict) else config
 
 
 def _with_states(folders: list[Path]) -> list[Path]:

@@ -150,6 +150,22 @@ def test_an_earlier_starts_states_are_put_away(cut: Path, tmp_path: Path, lorica
     assert list((tmp_path / "run" / "checkpoints.earlier-1").glob("step-*.ckpt"))
 
 
+def test_the_same_command_names_the_run_that_it_left_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lorica: Lorica) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(evaluation, "test", _fail)
+        assert lorica("train", "debug=fast", "trainer.checkpoint_every_n_steps=1")[0] == 1
+    (cut,) = (p for p in (tmp_path / "outputs").glob("*/2*"))
+    command = f"python train.py resume={cut.relative_to(tmp_path)}"
+    assert command not in " ".join(lorica("train", "debug=fast", "trainer.checkpoint_every_n_steps=1", "seed=1")[1].split())
+    held = Held(cut)
+    assert command not in " ".join(lorica("train", "debug=fast", "trainer.checkpoint_every_n_steps=1")[1].split())
+    held.release()
+    code, printed = lorica("train", "debug=fast", "trainer.checkpoint_every_n_steps=1")
+    assert code == 0 and f"{command} goes on with it; this one is fresh" in " ".join(printed.split())
+    assert lorica("train", *command.split()[2:])[0] == 0
+
+
 def test_no_step_is_logged_twice(tmp_path: Path, lorica: Lorica) -> None:
     steps = ["trainer.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.max_epochs=1", "trainer.checkpoint_every_n_steps=2"]
     record = callbacks.RecordLoss.on_train_batch_end
