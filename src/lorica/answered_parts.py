@@ -1,10 +1,11 @@
 """What is answered of a file so far, kept in `<output>.partial/` until all is: a part a chunk, each written at once and synced.
 
-state.json    what the answers depend on, and the survey of the input
+state.json    what the answers depend on, and the survey of the input, with their sha256
 lock          one process at a time
 whole         the output, until it is written and gets its name
-<fingerprint>-head.<ending>, <fingerprint>-<chunk>.<ending>
-              what the output begins with, and each chunk's rows with their answers; parts of another fingerprint are nobody's
+<fingerprint>-head-<sum>.<ending>, <fingerprint>-<chunk>-<sum>.<ending>
+              what the output begins with, and each chunk's rows with their answers; parts of another fingerprint are nobody's, and what
+              has not the sum of its name (of its sha256) was damaged since
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from lorica.config import as_typed
 from lorica.data.asked_file import Survey
 from lorica.durable import MANIFEST, replacing, sha256, sync_folder, write_json
 from lorica.runs import Held
+from lorica.screen import counted
 
-STATE, LOCK, WHOLE = "state.json", "lock", "whole"
-OURS = re.compile(r"[0-9a-f]{12}-(head|[0-9]{7})\.[a-z]+|state\.json|lock|whole|\..+\.tmp")
+STATE, LOCK, WHOLE, HEAD = "state.json", "lock", "whole", "head"
+PART = re.compile(r"([0-9a-f]{12})-(head|[0-9]{7})-([0-9a-f]{12})\.[a-z]+")
+OURS = re.compile(rf"{PART.pattern}|state\.json|lock|whole|\..+\.tmp")
+SUM = 12  # digits of a sha256 in names
 
 
 class Parts:
@@ -39,7 +43,7 @@ class Parts:
     def __init__(self, output: Path, identity: Mapping[str, Any]) -> None:
         self.output, self.identity = output, dict(identity)
         self.folder = output.with_name(f"{output.name}.partial")
-        self.fingerprint = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
+        self.fingerprint = _sum(self.identity)[:SUM]
         self._held: Held | None = None
 
     def surveyed(self) -> Survey | None:
@@ -48,52 +52,59 @@ class Parts:
         return Survey(**state["survey"]) if state.get("identity") == self.identity else None
 
     def hold(self, survey: Survey) -> str:
-        """Make the folder, or take it over where it is of the same; else empty it, and say why.
+        """Make the folder, or take it over where it is of the same, without what was damaged; else empty it. Returns what is to be said.
 
         Raises:
             ConfigError: another process writes there.
         """
         self.folder.mkdir(exist_ok=True)
         self._held = Held(self.folder, LOCK, "output", "answering")
-        before = self._state().get("identity")
-        why = ""
+        before, note = self._state().get("identity"), ""
         if before != self.identity:
             for file in self._files():
                 if file.name not in (STATE, LOCK):
-                    why = _difference(before, self.identity)
+                    note = f"what {self.folder} had is not gone on with ({_difference(before, self.identity)})"
                     file.unlink()
+        elif damaged := [file for file in self._parts().values() if sha256(file)[:SUM] != PART.fullmatch(file.name)[3]]:  # type: ignore[index]
+            for file in damaged:
+                file.unlink()
+            note = f"{counted(len(damaged), 'part')} of {self.folder} {'was' if len(damaged) == 1 else 'were'} damaged, and made again"
         known = dataclasses.asdict(dataclasses.replace(survey, kept=None)) | {"chunks": [list(chunk) for chunk in survey.chunks]}
-        write_json(self.folder / STATE, {"identity": self.identity, "survey": known})
-        return why
+        state = {"identity": self.identity, "survey": known}
+        write_json(self.folder / STATE, state | {"sha256": _sum(state)})
+        return note
 
-    def path(self, chunk: int | None) -> Path:
-        """Of a chunk's part, or of the head."""
-        name = "head" if chunk is None else f"{chunk:07d}"
-        return self.folder / f"{self.fingerprint}-{name}{self.output.suffix.lower()}"
+    def done(self) -> set[int]:
+        """Which chunks are answered."""
+        return {int(name) for name in self._parts() if name != HEAD}
 
-    def done(self, chunks: int) -> set[int]:
-        """Which of so many chunks are answered."""
-        there = {file.name for file in self.folder.iterdir()}
-        return {i for i in range(chunks) if self.path(i).name in there}
+    @property
+    def begun(self) -> bool:
+        """Whether what the output begins with is there."""
+        return HEAD in self._parts()
 
     def keep(self, chunk: int | None, content: bytes) -> None:
-        """Write a part; it lasts when this returns.
+        """Write a chunk's part, or the head; it lasts when this returns.
 
         Raises:
             DiskFull: it doesn't fit.
         """
-        with replacing(self.path(chunk), len(content)) as file:
+        name = HEAD if chunk is None else f"{chunk:07d}"
+        whole = f"{self.fingerprint}-{name}-{hashlib.sha256(content).hexdigest()[:SUM]}{self.output.suffix.lower()}"
+        with replacing(self.folder / whole, len(content)) as file:
             file.write(content)
 
-    def join(self, chunks: int) -> None:
+    def join(self) -> None:
         """Make the output of its parts, and remove them.
 
         Raises:
             DiskFull: it doesn't fit; the parts stay.
         """
-        paths = [self.path(i) for i in range(chunks)]
+        parts = self._parts()
+        head = parts.pop(HEAD)
+        paths = [parts[name] for name in sorted(parts)]
         with replacing(self.folder / WHOLE, sum(path.stat().st_size for path in paths)) as file:
-            join(self.path(None), paths, file)
+            join(head, paths, file)
         os.replace(self.folder / WHOLE, self.output)
         sync_folder(self.output.parent)
         for ours in self._files():
@@ -110,13 +121,18 @@ class Parts:
         """The folder's files that this module wrote."""
         return [file for file in self.folder.iterdir() if OURS.fullmatch(file.name)]
 
+    def _parts(self) -> dict[str, Path]:
+        """The head and the chunks' parts by name."""
+        found = ((PART.fullmatch(file.name), file) for file in self.folder.iterdir())
+        return {name[2]: file for name, file in found if name is not None and name[1] == self.fingerprint}
+
     def _state(self) -> dict[str, Any]:
-        """state.json, or {} where there is none that can be read."""
+        """state.json, or {} where there is none that can be read, as it was written."""
         try:
             state = json.loads((self.folder / STATE).read_text("utf-8"))
         except (OSError, ValueError):
             return {}
-        return state if isinstance(state, dict) else {}
+        return state if isinstance(state, dict) and state.pop("sha256", "") == _sum(state) else {}
 
 
 def identity_of(folder: Path) -> str | list[Any]:
@@ -125,6 +141,11 @@ def identity_of(folder: Path) -> str | list[Any]:
         return sha256(folder / MANIFEST)
     files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _sum(value: Any) -> str:
+    """sha256 of what is of JSON's types."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _difference(before: Any, now: Mapping[str, Any]) -> str:

@@ -85,7 +85,7 @@ def answer_chunks(job: Job, predictor: Predictor, wanted: Sequence[int], done: C
         found = dict(zip(chunk.examples, answers(), strict=True))
         job.parts.keep(chunk.number, layout.part(chunk.rows, found, chunk.faults))
 
-    if not job.parts.path(None).exists():
+    if not job.parts.begun:
         job.parts.keep(None, layout.head())
     if job.kind == "cuda":
         _warm_up(job, predictor)

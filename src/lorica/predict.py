@@ -107,8 +107,8 @@ def _answer_file(config: PredictConfig, screen: Screen, stop: Stop) -> int:
     survey = parts.surveyed() or look_through(source, task, config.text_column, chunk_rows, target.suffix.lower())
     if survey.only is not None and known_column(task, {survey.only}) is None:
         screen.note(f"texts are read from the only column, {survey.only}")
-    if why := parts.hold(survey):
-        screen.note(f"what {parts.folder} had is not gone on with ({why})")
+    if note := parts.hold(survey):
+        screen.note(note)
     try:
         return _answer_rest(Job(config, kind, source, task, survey, parts), version, devices, screen, stop)
     except DiskFull as e:
@@ -123,7 +123,7 @@ def _answer_rest(job: Job, version: tuple[int, int], devices: list[int], screen:
     from lorica.file_answering import Counted, answer_chunks, share_chunks
 
     survey, parts = job.survey, job.parts
-    there = parts.done(len(survey.chunks))
+    there = parts.done()
     wanted = [i for i in range(len(survey.chunks)) if i not in there]
     before = sum(survey.chunks[i][1] for i in there)
     if there:
@@ -137,7 +137,7 @@ def _answer_rest(job: Job, version: tuple[int, int], devices: list[int], screen:
             with progress:
                 share_chunks(job, wanted, devices[: len(wanted)], progress.add, stop)
             seconds = time.perf_counter() - begun
-        elif wanted or not parts.path(None).exists():
+        elif wanted or not parts.begun:
             predictor = job.predictor(devices[0])
             stop.deferred = True
             with progress:
@@ -145,10 +145,10 @@ def _answer_rest(job: Job, version: tuple[int, int], devices: list[int], screen:
         stop.deferred = True
         if _version(job.source) != version:
             raise changed(job.source)
-        parts.join(len(survey.chunks))
+        parts.join()
     except Interrupted as e:
         stop.ignore()
-        done = sum(survey.chunks[i][1] for i in parts.done(len(survey.chunks)))
+        done = sum(survey.chunks[i][1] for i in parts.done())
         screen.print(f"interrupted ({e}), {done:,} of {survey.answerable:,} rows are kept, by whole chunks; the same command goes on")
         return EXIT_CODE
     _say_what_is_done(survey, before, seconds, parts.output, screen)

@@ -321,6 +321,39 @@ def test_a_broken_off_run_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("damaged", "says"),
+    [
+        ("*-0000001-*", ("1 part of", "was damaged", "goes on after 4 of 18 rows")),
+        ("*-head-*", ("1 part of", "was damaged", "goes on after 8 of 18 rows")),
+        ("*-0??????-*", ("2 parts of", "were damaged", "18 rows answered")),
+        ("state.json", ("is not gone on with (its state can't be read)", "18 rows answered")),
+    ],
+)
+def test_a_damaged_part_is_answered_again(
+    damaged: str, says: tuple[str, ...], ending: str, model: Path, tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out, straight = write_csv(tmp_path / "in.csv", 18), tmp_path / f"out.{ending}", tmp_path / f"straight.{ending}"
+    command = ("predict", f"run={model}", f"input={file}", "accelerator=cpu")
+    assert lorica(*command, f"output={straight}")[0] == 0
+    with monkeypatch.context() as patch:
+        broken_off(patch, 2, fail)
+        with pytest.raises(RuntimeError, match="cosmic"):
+            lorica(*command, f"output={out}")
+    found = list((tmp_path / f"out.{ending}.partial").glob(damaged))
+    assert found
+    for part in found:
+        content = bytearray(part.read_bytes())
+        if content:  # a head of jsonl has none
+            content[len(content) // 2] ^= 1  # still JSON, still csv
+        part.write_bytes(bytes(content) or b"{}")
+    code, printed = lorica(*command, f"output={out}")
+    assert code == 0 and all(words in " ".join(printed.split()) for words in says), printed
+    assert digest(out) == digest(straight) and not (tmp_path / f"out.{ending}.partial").exists()
+
+
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_keeps_what_is_answered_and_exits_with_75(
     signum: int, model: Path, tmp_path: Path, lorica: Lorica, monkeypatch: pytest.MonkeyPatch
@@ -467,7 +500,7 @@ def started(*overrides: str, log: Path) -> subprocess.Popen[bytes]:
 
 def parts_of(folder: Path) -> list[Path]:
     try:
-        return list(folder.glob("*-0*"))
+        return list(folder.glob("*-0??????-*"))
     except FileNotFoundError:  # removed meanwhile
         return []
 
