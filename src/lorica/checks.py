@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import os
 import re
-import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,8 +29,8 @@ from lorica.config import (
     PushConfig,
     TrainConfig,
     TrainerConfig,
-    as_typed,
 )
+from lorica.proposals import nearest, sibling
 
 DATA_ENDINGS = (".csv", ".jsonl", ".json", ".parquet")
 # Packages that a format of `export` imports: those of the extra of the same name.
@@ -90,16 +87,6 @@ HOW_TO_GIVE = {
     "distillation.teacher": "python train.py model=mistral_qlora data=sentiment run_dir=outputs/teacher\n"
     "  then: python train.py experiment=distill_sentiment distillation.teacher=outputs/teacher"
 }
-
-
-def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name most like `name`, or None where nothing is alike."""
-    options = list(valid)
-    for wanted in (name, name.lower()):
-        if found := difflib.get_close_matches(wanted, options, n=1, cutoff=0.5):
-            return found[0]
-    inside = [o for o in options if min(len(name), len(o)) > 1 and (name in o or o in name)]
-    return min(inside, key=lambda o: (not o.startswith(name), len(o)), default=None)
 
 
 def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:
@@ -304,39 +291,6 @@ def _check_data(data: DataConfig) -> None:
             for part in needed:
                 if part not in getattr(data, name):
                     raise ConfigError(f"data.{name}", repr(getattr(data, name)), f"must contain {part}")
-
-
-def pasted(key: str, value: object) -> str:
-    """key=value as it is pasted into a shell: a text that Hydra's grammar would not take as it stands is in quotes."""
-    return in_shell(f"{key}={_in_grammar(value)}")
-
-
-def in_shell(text: str) -> str:
-    """One word of a shell's."""
-    return text if re.fullmatch(r"[\w./:@+=,\[\]-]*", text, re.ASCII) else shlex.quote(text)
-
-
-def _in_grammar(value: object) -> str:
-    """As Hydra reads it: a text that would be something else, or nothing, is in quotes."""
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(_in_grammar, value))}]"
-    if not isinstance(value, str):
-        return as_typed(value)
-    if re.fullmatch(r"[A-Za-z_./][\w./:@+-]*", value, re.ASCII) and value.lower() not in ("null", "true", "false", "nan", "inf"):
-        return value
-    inner = re.sub(r'(\\*)("|$)', lambda m: 2 * m[1] + ('\\"' if m[2] else ""), value)  # a backslash is one elsewhere
-    return f'"{inner}"'
-
-
-def sibling(path: Path) -> str:
-    """`; did you mean ...?` with the nearest name in the folder where `path` was looked for, or nothing."""
-    parent = path.expanduser().parent
-    if path.expanduser().exists():
-        return ""
-    names = sorted(os.listdir(parent)) if parent.is_dir() else []
-    stems = difflib.get_close_matches(path.stem, {Path(name).stem for name in names}, n=1, cutoff=0.6)  # endings alone make no names alike
-    near = nearest(path.name, [name for name in names if Path(name).stem in stems])
-    return f"; did you mean {parent / near}?" if near else ""
 
 
 def _check_logger(logger: LoggerConfig) -> None:

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lorica.checks import check_step, in_shell, nearest, sibling
+from lorica.checks import check_step
 from lorica.composition import complete, compose, compose_tree
 from lorica.config import VERBS, CompareConfig, ConfigError, DoctorConfig, PlanConfig, TrainConfig
 from lorica.options import group_options, register_plugins
+from lorica.proposals import in_shell, nearest, sibling
 from lorica.secrets import redact
 from lorica.signals import NOTHING_KEPT
 

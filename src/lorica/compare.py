@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorica.cells import Cell, digest, run_missing, why
-from lorica.checks import nearest
 from lorica.config import CompareConfig, ConfigError, TrainConfig
 from lorica.durable import write_json, write_text
+from lorica.proposals import nearest
 from lorica.runs import COMPARISONS
 from lorica.screen import Screen, quiet_libraries
 

@@ -6,9 +6,7 @@ own key with the nearest valid one.
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
 import sys
 import typing
 from collections.abc import Sequence
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica import plain_yaml
-from lorica.checks import HOW_TO_GIVE, check, nearest, pasted
+from lorica.checks import HOW_TO_GIVE, check
 from lorica.config import (
     DATA_SCHEMAS,
     LOGGER_SCHEMAS,
@@ -29,6 +27,7 @@ from lorica.config import (
 )
 from lorica.mistakes import refuse_unknown, translate, type_rule
 from lorica.options import conf_dir, group_options, schema_keys
+from lorica.proposals import in_shell, nearest, quoted, uncut
 from lorica.states import last_state
 
 OPTIONAL_GROUPS = ("experiment", "debug")  # null unless chosen
@@ -143,7 +142,7 @@ def _parse(verb: str, args: Sequence[str], config_dir: str | None) -> tuple[list
     groups: list[str] = []
     values: list[tuple[str, Any]] = []
     parser = OverridesParser.create()
-    for text in args:
+    for place, text in enumerate(args):
         key, assigned, typed = text.partition("=")
         if assigned and key.lstrip("+") in VERBATIM.get(verb, ()):
             values.append((key.lstrip("+"), _verbatim(key.lstrip("+"), typed)))
@@ -152,12 +151,16 @@ def _parse(verb: str, args: Sequence[str], config_dir: str | None) -> tuple[list
             override = parser.parse_override(text)
         except HydraException as e:
             where, _, value = text.partition("=")
+            if (whole := uncut(args, place, parser, VERBATIM.get(verb, ()))) is not None:
+                raise ConfigError(
+                    whole.partition("=")[0], whole.partition("=")[2], "a shell cuts it at its spaces", in_shell(whole)
+                ) from None
             if "=" not in text:
                 group = next((g for g, names in options.items() if where in names), None)
                 fix = f"{group}={where}" if group else "quotes around a value with spaces" if " " in where else f"{where}=..."
                 raise ConfigError(where, None, "is not key=value", fix) from None
-            if quoted := _quoted(where, value, parser):
-                raise ConfigError(where, value, "can't be read: what is not plain letters and digits needs quotes", quoted) from None
+            if fix := quoted(where, value, parser):
+                raise ConfigError(where, value, "can't be read: what is not plain letters and digits needs quotes", fix) from None
             why = str(e).splitlines()[0].partition(" expecting")[0]
             raise ConfigError(where, value, f"can't be read ({why})", "docs/configuration.md says how values are written") from None
         name = override.key_or_group
@@ -204,24 +207,6 @@ def _verbatim(name: str, typed: str) -> str | None:
 def _as_text(value: str) -> str:
     """A text for OmegaConf, which would look up what stands in `${...}`."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-
-
-def _quoted(key: str, value: str, parser: Any) -> str:
-    """key=value as a shell and Hydra's grammar take it: texts with other than plain letters and digits in quotes, in a list each; or ""."""
-    from hydra.errors import HydraException
-
-    proposal = pasted(key, value)
-    if value[:1] in "[{":
-        words = [word.strip() for word in value[1:-1].split(",")]
-        if value[-1] != "]" or any(set(word) & set("[]{}'\"") for word in words):
-            return ""
-        plain = re.compile(r"[\w .+-]*", re.ASCII)
-        proposal = shlex.quote(f"{key}=[{','.join(w if plain.fullmatch(w) else json.dumps(w, ensure_ascii=False) for w in words)}]")
-    try:
-        parser.parse_override(shlex.split(proposal)[0])
-    except HydraException:
-        return ""
-    return proposal
 
 
 def _is_fraction(verb: str, key: str) -> bool:

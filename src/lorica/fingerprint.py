@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lorica
-from lorica.checks import pasted, walk
+from lorica.checks import walk
 from lorica.config import ConfigError, TrainConfig, as_typed
 from lorica.data.batching import PLAN_VERSION
 from lorica.data.token_cache import content_hash
 from lorica.durable import sha256
+from lorica.proposals import pasted
 
 if TYPE_CHECKING:
     from lorica.data.module import LoricaDataModule

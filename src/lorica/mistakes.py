@@ -7,9 +7,10 @@ import dataclasses
 import typing
 from typing import Any, NoReturn
 
-from lorica.checks import ELSEWHERE, OTHER_VALUES, nearest, pasted
+from lorica.checks import ELSEWHERE, OTHER_VALUES
 from lorica.config import DATA_SCHEMAS, LOGGER_SCHEMAS, ConfigError, NotApplicable, as_typed
 from lorica.options import group_options, schema_keys
+from lorica.proposals import nearest, pasted
 from lorica.secrets import REDACTED, is_secret_name, redact
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lorica import beside_weights, plain_yaml
-from lorica.checks import pasted
 from lorica.config import ConfigError, TrainConfig
 from lorica.durable import write_text
+from lorica.proposals import pasted
 from lorica.secrets import REDACTED, redact, redact_tree
 from lorica.states import last_state, newest_intact, put_away
 

@@ -18,8 +18,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lorica import cli, composition, options
-from lorica.checks import check, pasted
+from lorica.checks import check
 from lorica.config import ConfigError, NotApplicable, TrainConfig, TrainerConfig, fill_recommended
+from lorica.proposals import pasted
 from lorica.runs import to_yaml
 
 OPTIONS = options.group_options()

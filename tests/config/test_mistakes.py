@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from lorica import cli, composition, options
-from lorica.checks import ELSEWHERE, check_ranges, nearest, positions_of
+from lorica.checks import ELSEWHERE, check_ranges, positions_of
 from lorica.config import TrainConfig
+from lorica.proposals import nearest
 from lorica.runs import to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -269,6 +270,19 @@ MORE_MISTAKES = {
     "umlauts in a list": wrong(
         "data.labels=[geht so,völlig]", "what is not plain letters and digits needs quotes", """try: 'data.labels=[geht so,"völlig"]'"""
     ),
+    "list with spaces": wrong(
+        "model.lora.target_modules=[query, | value] | seed=1",
+        "model.lora.target_modules=[query, value]: a shell cuts it at its spaces",
+        "try: 'model.lora.target_modules=[query, value]'",
+    ),
+    "mapping with spaces": wrong("model.quantization={load_in_4bit: | true}", "try: 'model.quantization={load_in_4bit: true}'"),
+    "spaces around =": wrong("trainer.max_steps | = | 5 | seed=1", "trainer.max_steps=5: a shell cuts it", "try: trainer.max_steps=5"),
+    "a space before =": wrong("trainer.max_steps | =5", "try: trainer.max_steps=5"),
+    "a space after =": wrong("seed=1 | trainer.max_steps= | 5", "try: trainer.max_steps=5"),
+    "a group with spaces": wrong("model | = | roberta_lora", "try: model=roberta_lora"),
+    "a text cut at its spaces": wrong("text=What | a | day | run=x", "try: 'text=What a day'", verb="predict"),
+    "a word after a key": wrong("trainer.max_steps=5 | trainer.fit", "trainer.fit: is not key=value", "try: trainer.fit=..."),
+    "a word after an open list": wrong("model.lora.target_modules=[query | seed=1", "can't be read"),
     "text without quotes": wrong("The mug broke", "is not key=value", "try: quotes around a value with spaces"),
     "column with a space": wrong(
         "data=classification | data.path=spaces.csv | data.text_column=Review",

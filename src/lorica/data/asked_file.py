@@ -9,12 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lorica.checks import nearest, pasted
 from lorica.config import ConfigError
 from lorica.data.asking import ask_row, text_column
 from lorica.data.examples import Example
 from lorica.data.readers import Row, csv_header, read_rows
 from lorica.data.rows import BadRow
+from lorica.proposals import nearest, pasted
 
 ADDED = frozenset(("prediction", "probability", "probabilities", "error"))  # what an answered row has besides its own
 CHUNK_LETTERS = 1 << 23  # of a chunk's rows: what they take in memory

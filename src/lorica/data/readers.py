@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from lorica.checks import DATA_ENDINGS, nearest, pasted
+from lorica.checks import DATA_ENDINGS
 from lorica.config import ConfigError, DataConfig
+from lorica.proposals import nearest, pasted
 
 SPLIT_NAMES = {
     "train": ("train", "training"),

@@ -6,9 +6,9 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from lorica.checks import nearest
 from lorica.config import ConfigError, DataConfig
 from lorica.data.rows import Rows
+from lorica.proposals import nearest
 
 if TYPE_CHECKING:
     from lorica.data.module import LoricaDataModule

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from lorica import plain_yaml
-from lorica.checks import nearest
 from lorica.config import DATA_SCHEMAS, ConfigError
 from lorica.data.encoding import Truncation, build_encoder
 from lorica.data.registry import build_data
 from lorica.models import base, merging
 from lorica.models.trained import Opened
+from lorica.proposals import nearest
 
 Count = Callable[[int, int], None]
 CPU = torch.device("cpu")

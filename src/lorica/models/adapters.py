@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from lorica.beside_weights import read_adapter
-from lorica.checks import nearest
 from lorica.config import ConfigError, LoraSettings
 from lorica.kernels import frozen, lora_linear
 from lorica.models.freezing import Last
+from lorica.proposals import nearest
 
 
 def attach(model: Any, settings: LoraSettings, task: str, revision: str | None, last: Last | None = None) -> Any:

@@ -6,8 +6,8 @@ import os
 import re
 from dataclasses import dataclass, replace
 
-from lorica.checks import nearest
 from lorica.config import ConfigError, GpuSettings
+from lorica.proposals import nearest
 
 GIB = 1 << 30
 
