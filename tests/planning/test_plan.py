@@ -94,6 +94,20 @@ def test_fewer_weights_to_learn_are_proposed_where_that_is_enough(given: list[st
         assert runner.make(again, card, shape, lengths).fit.fits
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["trainer.max_steps=5"], "; 5 micro-steps: too few to compile layers for"),
+        (["trainer.max_steps=1"], "; 1 micro-step: too few"),
+        (["trainer.max_steps=200", "trainer.max_epochs=-1"], "layers       compiled"),
+        (["trainer.max_steps=5", "trainer.compile=false"], "precision bf16-mixed "),
+    ],
+)
+def test_why_layers_are_not_compiled_is_said(given: list[str], says: str, lorica: Lorica) -> None:
+    code, printed = lorica("plan", "model=mistral_qlora", "data=sentiment", "gpu=l4", *given)
+    assert code == 0 and says in printed.replace("\n", " ")
+
+
 def test_a_card_without_bf16_is_slow_in_32_bits() -> None:
     half, whole = (planned("model=mistral_qlora", "data=sentiment", f"trainer.precision={p}", card="t4_16gb") for p in ("auto", "32-true"))
     assert 6 < half.pace.tokens / whole.pace.tokens < 10  # 65 and 8.1 teraflops, and the launches of neither

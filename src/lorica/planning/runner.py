@@ -14,7 +14,7 @@ from lorica.planning.jobs import Batches, cards_used, job_of
 from lorica.planning.lengths import Lengths, look
 from lorica.planning.pace import Pace, pace
 from lorica.planning.shapes import Shape, find_shape, targets
-from lorica.screen import Screen, duration, short
+from lorica.screen import Screen, counted, duration, short
 
 FP8_CAPABILITY = 8.9  # hardware.check_fp8
 LEAST = 0.005  # GiB that a cell shows
@@ -213,7 +213,10 @@ def _facts(plan: Plan, train: TrainConfig, config: PlanConfig) -> list[tuple[str
     precision = train.trainer.precision
     if precision in ("auto", "bf16-mixed"):
         precision = "bf16-mixed" if card.bf16 else "16-mixed, as this card has no bf16"
-    rows.append(("layers", f"{memory.layers_line(job)}; precision {precision}"))
+    steps = plan.sizes.micro_steps
+    few = steps is not None and train.trainer.compile is None and job.way.flat and not job.way.compiled
+    why = f"; {counted(steps or 0, 'micro-step')}: too few to compile layers for" if few else ""
+    rows.append(("layers", f"{memory.layers_line(job)}; precision {precision}{why}"))
     count = f"{cards_used(train)} x " if cards_used(train) > 1 else ""
     rows.append(
         (
