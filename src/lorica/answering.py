@@ -9,7 +9,7 @@ import torch
 
 from lorica import calibration
 from lorica.answers import Answer
-from lorica.data.encoding import CausalEncoder, ClassifierEncoder, build_encoder
+from lorica.data.encoding import CausalEncoder, ClassifierEncoder, Truncation, build_encoder
 from lorica.data.examples import Example
 from lorica.models.causal_lm import CausalLM
 from lorica.models.sequence_classifier import SequenceClassifier
@@ -18,7 +18,11 @@ from lorica.scoring import BATCH, Scorer, uncounted
 
 
 class Predictor:
-    """Answers examples with one trained model."""
+    """Answers examples with one trained model.
+
+    Attributes:
+        cut: what was cut of the texts that it answered.
+    """
 
     def __init__(self, trained: Trained, max_new_tokens: int | None = None, target_risk: float | None = None) -> None:
         """As the keys of `predict`.
@@ -37,6 +41,7 @@ class Predictor:
         self.pad_id = int(trained.tokenizer.pad_token_id)
         self.threshold = _threshold(trained, target_risk)
         self.scorer = Scorer(trained, self.forward, self.encoder)
+        self.cut = Truncation()
 
     def warm_up(self, examples: Sequence[Example], batch_size: int | None, total: int) -> None:
         """Before so many examples are answered, of which these are the first."""
@@ -60,7 +65,7 @@ class Predictor:
         """
         if not self.labels:
             assert isinstance(self.encoder, CausalEncoder)
-            written = self._written([self.encoder.prompt_ids(e) for e in examples], batch_size or BATCH, done)
+            written = self._written([self.encoder.prompt_ids(e, self.cut) for e in examples], batch_size or BATCH, done)
             return lambda: written
         return self._scored(examples, batch_size, done) if examples else list
 
@@ -74,7 +79,7 @@ class Predictor:
     def _scored(self, examples: Sequence[Example], batch_size: int | None, done: Callable[[int], None]) -> Callable[[], list[Answer]]:
         """Labels with their probabilities. The scores stay on the device until all are there."""
         assert self.labels is not None
-        scores, place = self.scorer.score(examples, batch_size, done)
+        scores, place = self.scorer.score(examples, batch_size, done, self.cut)
         found, arrived = _on_its_way((scores.float() / self.trained.temperature).softmax(1))
         names = self.labels
 

@@ -31,6 +31,7 @@ from lorica.answering import Predictor
 from lorica.answers import Answer, Layout
 from lorica.config import ConfigError, PredictConfig, TrainerConfig
 from lorica.data.asked_file import Chunk, Survey, read_chunks
+from lorica.data.encoding import Truncation
 from lorica.models.trained import load_trained
 from lorica.screen import Screen, duration, quiet_libraries
 from lorica.signals import EXIT_CODE, Interrupted, Stop
@@ -124,8 +125,8 @@ def _one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
 # ------------------------------------------------------------------------------------------------------ several devices
 
 
-def share_chunks(job: Job, wanted: Sequence[int], devices: Sequence[int], done: Callable[[int], None], stop: Stop) -> None:
-    """Each device answers every n-th chunk in a process of its own.
+def share_chunks(job: Job, wanted: Sequence[int], devices: Sequence[int], done: Callable[[int], None], stop: Stop) -> Truncation:
+    """Each device answers every n-th chunk in a process of its own. Returns what was cut.
 
     Raises:
         Interrupted: `stop` was asked; every process has kept what it completed. ConfigError, RuntimeError: one of them failed; the
@@ -140,7 +141,7 @@ def share_chunks(job: Job, wanted: Sequence[int], devices: Sequence[int], done: 
         process.start()
         theirs.close()
         processes[mine] = process
-    waiting, told = list(processes), False
+    waiting, told, cut = list(processes), False, Truncation()
     errors: list[Exception] = []
     while waiting:
         for pipe in connection.wait(waiting, LOOK_SECONDS):
@@ -155,6 +156,8 @@ def share_chunks(job: Job, wanted: Sequence[int], devices: Sequence[int], done: 
                 continue
             if isinstance(said, int):
                 done(said)
+            elif isinstance(said, Truncation):
+                cut.add(said)
             else:
                 errors.append(ConfigError(*said) if isinstance(said, tuple) else RuntimeError(said))
         if (errors or stop.asked is not None) and not told:
@@ -165,10 +168,11 @@ def share_chunks(job: Job, wanted: Sequence[int], devices: Sequence[int], done: 
         raise Interrupted(stop.asked)
     if errors:
         raise errors[0]
+    return cut
 
 
 def _answer_share(job: Job, wanted: Sequence[int], device: int, among: int, pipe: connection.Connection) -> None:
-    """The work of one of several processes; what it says into the pipe: rows answered, or the error that ended it."""
+    """The work of one of several processes; what it says into the pipe: rows answered, what was cut, or the error that ended it."""
     quiet_libraries()
     stop = Stop(promise="")
     stop.listen()
@@ -179,6 +183,7 @@ def _answer_share(job: Job, wanted: Sequence[int], device: int, among: int, pipe
         predictor = job.predictor(device)
         stop.deferred = True
         answer_chunks(job, predictor, wanted, pipe.send, stop)
+        pipe.send(predictor.cut)
         code = 0
     except Interrupted:
         code = EXIT_CODE

@@ -64,6 +64,13 @@ def _answer_text(config: PredictConfig, text: str) -> None:
         print(f"lorica: note: {why}", file=sys.stderr)  # what is answered stands alone on the standard output
     predictor = Predictor(trained, config.max_new_tokens, config.target_risk)
     print(_line(predictor.answer([ask_text(predictor.task, text)], config.batch_size)[0]))
+    if predictor.cut.rows:
+        print(f"lorica: note: {_cut(predictor.cut.rows, predictor.task)}", file=sys.stderr)
+
+
+def _cut(texts: int, task: dict[str, Any]) -> str:
+    were, longest = "was" if texts == 1 else "were", task.get("max_length") or 512
+    return f"{counted(texts, 'text')} {were} longer than the {longest:,} tokens that the model reads, and {were} cut"
 
 
 def _line(answer: Answer) -> str:
@@ -128,20 +135,21 @@ def _answer_rest(job: Job, version: tuple[int, int], devices: list[int], screen:
     before = sum(survey.chunks[i][1] for i in there)
     if there:
         screen.print(f"goes on after {before:,} of {survey.answerable:,} rows, which {parts.folder} has")
-    seconds = 0.0
+    seconds, cut = 0.0, 0
     progress = Counted(screen, survey.answerable, before)
     try:
         if len(devices) > 1 and len(wanted) > 1:
             stop.deferred = True
             begun = time.perf_counter()
             with progress:
-                share_chunks(job, wanted, devices[: len(wanted)], progress.add, stop)
+                cut = share_chunks(job, wanted, devices[: len(wanted)], progress.add, stop).rows
             seconds = time.perf_counter() - begun
         elif wanted or not parts.begun:
             predictor = job.predictor(devices[0])
             stop.deferred = True
             with progress:
                 seconds = answer_chunks(job, predictor, wanted, progress.add, stop)
+            cut = predictor.cut.rows
         stop.deferred = True
         if _version(job.source) != version:
             raise changed(job.source)
@@ -152,6 +160,8 @@ def _answer_rest(job: Job, version: tuple[int, int], devices: list[int], screen:
         screen.print(f"interrupted ({e}), {done:,} of {survey.answerable:,} rows are kept, by whole chunks; the same command goes on")
         return EXIT_CODE
     _say_what_is_done(survey, before, seconds, parts.output, screen)
+    if cut:
+        screen.note(_cut(cut, job.task))
     return 1 if survey.faults else 0
 
 

@@ -76,19 +76,24 @@ class Scorer:
 
     @torch.inference_mode()
     def score(
-        self, examples: Sequence[Example], batch_size: int | None = None, done: Callable[[int], None] = uncounted
+        self,
+        examples: Sequence[Example],
+        batch_size: int | None = None,
+        done: Callable[[int], None] = uncounted,
+        cut: Truncation | None = None,
     ) -> tuple[torch.Tensor, np.ndarray]:
         """(log-probabilities [N, labels] on the device, in the order of the batches; where each example's are, [N]).
 
         Args:
-            batch_size: None: BATCH, or by tokens on a GPU. done: called with the size of each batch on its way.
+            batch_size: None: BATCH, or by tokens on a GPU. done: called with the size of each batch on its way. cut: counts texts that are
+                too long.
         """
-        encoder = self.encoder
+        encoder, cut = self.encoder, cut if cut is not None else Truncation()
         if not isinstance(encoder, ClassifierEncoder):
-            return self._by_length(encoder.candidates(examples), batch_size, done)
+            return self._by_length(encoder.candidates(examples, truncation=cut), batch_size, done)
         if self._captured is not None and batch_size is None:
-            return self._streamed(self._captured, encoder.pieces(examples, Truncation()), done)
-        return self._by_length(encoder.encode(examples, Truncation()), batch_size, done)
+            return self._streamed(self._captured, encoder.pieces(examples, cut), done)
+        return self._by_length(encoder.encode(examples, cut), batch_size, done)
 
     # ---------------------------------------------------------------------------------------------------------- by length
 

@@ -445,6 +445,16 @@ def test_candidates_of_too_long_a_prompt_keep_its_ends_and_the_label() -> None:
     assert read_out(row, 1) == ["<s> a b c h i j -> no"]
 
 
+@pytest.mark.parametrize(("limit", "cut"), [(8, 4), (12, 0), (11, 1)])
+def test_prompts_that_are_cut_are_counted(limit: int, cut: int) -> None:
+    encoder, counted = CausalEncoder(PLAIN, limit, label_names=["yes", "no"]), Truncation()
+    row = Example("", text="t", prompt="a b c d e f g h i j", label=0)
+    encoder.candidates([row, Example("", text="t", prompt="a", label=0)], truncation=counted)
+    assert counted == Truncation(prompts=int(cut > 0), tokens_cut=cut, rows=int(cut > 0))
+    counted = Truncation()
+    assert len(encoder.prompt_ids(row, counted)) == min(11, limit) and counted.tokens_cut == max(0, cut - 1)
+
+
 def test_all_labels_of_too_long_a_prompt_are_scored_after_the_same_text() -> None:
     row = scored(PLAIN, ["yes", "not at all"], "a b c d e f g h i j", limit=8)
     assert len({read_out(row, label)[0].partition(" -> ")[0] for label in range(2)}) == 1

@@ -277,6 +277,16 @@ def test_a_file_with_nothing_to_answer_is_answered(content: bytes, model: Path, 
     assert code == bad and "0 rows answered" in printed and len(rows_of(tmp_path / "in.scored.csv")) == bad
 
 
+@pytest.mark.usefixtures("small_chunks")
+def test_texts_that_are_cut_are_counted(model: Path, tmp_path: Path, lorica: Lorica) -> None:
+    file = write_csv(tmp_path / "in.csv", 6)
+    assert "longer than" not in lorica("predict", f"run={model}", f"input={file}", "accelerator=cpu")[1]
+    with file.open("a", encoding="utf-8") as f:
+        f.write(f"6,{'soup ' * 50}\n")
+    _, printed = lorica("predict", f"run={model}", f"input={file}", "accelerator=cpu")
+    assert "1 text was longer than the 40 tokens that the model reads, and was cut" in " ".join(printed.split())
+
+
 # -------------------------------------------------------------------------------------------------------------- going on
 
 
@@ -545,10 +555,10 @@ def test_several_devices_make_the_file_of_one(ending: str, devices: int, model: 
     """One process a device, which this one starts."""
     file, one, several = write_csv(tmp_path / "in.csv", 6_500), tmp_path / f"1.{ending}", tmp_path / f"more.{ending}"
     with file.open("ab") as f:
-        f.write(b"6500,\n")
+        f.write(b"6500,\n" + b"".join(b"%d,%s\n" % (i, b"soup " * 50) for i in range(6501, 6504)))
     for output, count in ((one, 1), (several, devices)):
         code, printed = lorica("predict", f"run={model}", f"input={file}", f"output={output}", "accelerator=cpu", f"devices={count}")
-        assert code == 1 and "6,500 rows answered" in printed, printed
+        assert code == 1 and "6,503 rows answered" in printed and "3 texts were longer than the 40 tokens" in printed, printed
     assert digest(one) == digest(several)
 
 

@@ -80,6 +80,13 @@ class Truncation:
         for name, count in asdict(other).items():
             setattr(self, name, getattr(self, name) + count)
 
+    def count_prompt(self, tokens: int) -> None:
+        """One whose prompt has so many too many, or none where that is not above 0."""
+        if tokens > 0:
+            self.rows += 1
+            self.prompts += 1
+            self.tokens_cut += tokens
+
     def __str__(self) -> str:
         parts = [
             f"{n:,} {what}"
@@ -315,9 +322,15 @@ class CausalEncoder:
             ids[-1] = labels[-1] = eos
         return ids, labels
 
-    def prompt_ids(self, example: Example) -> list[int]:
-        """What the model reads before it writes: everything up to its last turn, the middle cut out where it is too long."""
+    def prompt_ids(self, example: Example, truncation: Truncation | None = None) -> list[int]:
+        """What the model reads before it writes: everything up to its last turn, the middle cut out where it is too long.
+
+        Args:
+            truncation: counts it where it is.
+        """
         ids = self._tokenize([self.prompt_text(example)[0]])[0][0]
+        if truncation is not None:
+            truncation.count_prompt(len(ids) - self.max_length)
         return self._middle_cut(ids, self.max_length)
 
     def prompt_text(self, example: Example) -> tuple[str, bool]:
@@ -335,14 +348,22 @@ class CausalEncoder:
     def _middle_cut(ids: list[int], limit: int) -> list[int]:
         return ids if len(ids) <= limit else ids[: limit - limit // 2] + ids[len(ids) - limit // 2 :]
 
-    def candidates(self, examples: Sequence[Example], progress: Progress = silent) -> list[Candidates]:
-        """Every label of a labelled set as the answer to each example."""
+    def candidates(
+        self, examples: Sequence[Example], progress: Progress = silent, truncation: Truncation | None = None
+    ) -> list[Candidates]:
+        """Every label of a labelled set as the answer to each example.
+
+        Args:
+            truncation: counts prompts that are cut.
+        """
         scored: list[Candidates] = []
         k, eos = len(self.label_names), self.eos
         for chunk, rendered, ids, encodings in _one_ahead(self._prepare_candidates, examples):
             for i, example in enumerate(chunk):
                 group = [self._candidate(rendered[j], ids[j], encodings[j], self.label_names[j % k]) for j in range(i * k, i * k + k)]
                 longest = max(len(ids) - start for ids, start in group)  # all labels follow the same prompt, however long they are
+                if truncation is not None:
+                    truncation.count_prompt(max(start for _, start in group) - self.max_length + longest)
                 group = [self._fit(ids, start, self.max_length - longest) for ids, start in group]
                 scored.append(_fewest_sequences(group, -1 if example.label is None else example.label, eos))
             progress(len(chunk))
