@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lorica import elsewhere
 from lorica.config import (
     DATA_SCHEMAS,
     EXPORTS,
@@ -42,45 +43,7 @@ EXTRAS = {
 }
 ANSWERED_ENDINGS = (".csv", ".jsonl", ".parquet")  # of files that are read and written row by row
 
-# What a key of ours is called in transformers, PEFT, Lightning and everyday speech; told to those who type that.
 REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # on the hub
-ELSEWHERE = {
-    "learning_rate": "optimizer.lr",
-    "num_train_epochs": "trainer.max_epochs",
-    "epochs": "trainer.max_epochs",
-    "per_device_train_batch_size": "trainer.batch_size",
-    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
-    "max_grad_norm": "trainer.gradient_clip_val",
-    "max_seq_length": "model.max_length",
-    "model_name_or_path": "model.base",
-    "base_model": "model.base",
-    "val_set_size": "data.validation_fraction",
-    "optim": "optimizer.name",
-    "report_to": "logger=wandb",
-    "lora_r": "model.lora.r",
-    "layers_to_transform": "model.train_layers",
-    "freeze_layers": "model.train_layers",
-    "rank": "model.lora.r",
-    "logging_steps": "trainer.log_every_n_steps",
-    "eval_steps": "trainer.val_check_interval",
-    "save_steps": "trainer.checkpoint_every_n_steps",
-    "bf16": "trainer.precision",
-    "fp16": "trainer.precision",
-    "output_dir": "run_dir",
-    "default_root_dir": "run_dir",
-    "ckpt_path": "resume",
-    "resume_from_checkpoint": "resume",
-    "limit_train_batches": "data.max_train_examples",
-    "limit_val_batches": "data.max_validation_examples",
-    "limit_test_batches": "data.max_test_examples",
-    "fast_dev_run": "debug=fast",
-    "overfit_batches": "debug=overfit",
-}
-# Of these the values are others, too.
-OTHER_VALUES = {
-    *("layers_to_transform", "freeze_layers", "eval_steps", "bf16", "fp16", "ckpt_path", "resume_from_checkpoint", "val_set_size", "optim"),
-    *("limit_train_batches", "limit_val_batches", "limit_test_batches"),
-}
 
 # What to type for keys that a recipe leaves to the user.
 HOW_TO_GIVE = {
@@ -108,7 +71,8 @@ def check_ranges(config: Any) -> None:
     for name, value, meta in walk(config):
         choices = meta.get("choices") or ()
         if choices and value is not None and value not in choices:
-            raise ConfigError(name, value, f"must be one of {', '.join(choices)}", f"{name}={nearest(str(value), choices) or choices[0]}")
+            meant = elsewhere.VALUES.get(name, {}).get(str(value)) or nearest(str(value), choices) or choices[0]
+            raise ConfigError(name, value, f"must be one of {', '.join(choices)}", f"{name}={meant}")
         if value == "":
             raise ConfigError(name, "''", "is empty: give a value or leave it out")
         if isinstance(value, bool) or not isinstance(value, (int, float)):

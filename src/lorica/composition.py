@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorica import plain_yaml
+from lorica import elsewhere, plain_yaml
 from lorica.checks import HOW_TO_GIVE, check
 from lorica.config import (
     DATA_SCHEMAS,
@@ -27,7 +27,7 @@ from lorica.config import (
 )
 from lorica.mistakes import refuse_unknown, translate, type_rule
 from lorica.options import conf_dir, group_options, schema_keys
-from lorica.proposals import in_shell, nearest, quoted, uncut
+from lorica.proposals import in_shell, nearest, pasted, quoted, uncut
 from lorica.states import last_state
 
 OPTIONAL_GROUPS = ("experiment", "debug")  # null unless chosen
@@ -178,7 +178,9 @@ def _parse(verb: str, args: Sequence[str], config_dir: str | None) -> tuple[list
             value = override.value()
             if value not in options[name] and not (value is None and name in OPTIONAL_GROUPS):
                 near = nearest(str(value), options[name])
-                raise ConfigError(name, value, f"must be one of {', '.join(options[name])}", f"{name}={near or options[name][0]}")
+                key, beside = elsewhere.OF_A_GROUP.get(name, ("", ""))
+                fix = f"{pasted(key, value)} beside {beside}" if near is None and key else f"{name}={near or options[name][0]}"
+                raise ConfigError(name, value, f"must be one of {', '.join(options[name])}", fix)
             if value is None:
                 groups = [g for g in groups if not g.startswith(f"{name}=")]
             else:

@@ -7,11 +7,13 @@ import dataclasses
 import typing
 from typing import Any, NoReturn
 
-from lorica.checks import ELSEWHERE, OTHER_VALUES
-from lorica.config import DATA_SCHEMAS, LOGGER_SCHEMAS, ConfigError, NotApplicable, as_typed
+from lorica import elsewhere
+from lorica.config import DATA_SCHEMAS, LOGGER_SCHEMAS, ConfigError, NotApplicable, WandbLoggerConfig, as_typed
 from lorica.options import group_options, schema_keys
 from lorica.proposals import nearest, pasted
 from lorica.secrets import REDACTED, is_secret_name, redact
+
+LOGGED = {f.name for f in dataclasses.fields(WandbLoggerConfig)}  # typed without their group, too
 
 
 def refuse_unknown(name: str, value: Any, known: list[str], tree: Any, verb: str) -> NoReturn:
@@ -34,10 +36,13 @@ def refuse_unknown(name: str, value: Any, known: list[str], tree: Any, verb: str
                     name, value, f"is a key of {section}={'|'.join(owners)}, not of {section}={chosen}", f"{section}={owners[0]}"
                 )
     leaf = name.rpartition(".")[2]
-    if leaf in ELSEWHERE and verb == "train":
-        ours = ELSEWHERE[leaf]
-        meant = ours if "=" in ours else f"{ours}=..." if leaf in OTHER_VALUES else _meant(ours, value)
-        raise ConfigError(name, value, "there is no such key", meant)
+    if verb == "train" and leaf in elsewhere.INSTEAD:
+        raise ConfigError(name, value, *elsewhere.INSTEAD[leaf])
+    if verb == "train" and leaf in elsewhere.KEYS:
+        ours = elsewhere.KEYS[leaf]
+        raise ConfigError(name, value, "there is no such key", ours if "=" in ours else _meant(ours, value))
+    if verb == "train" and name in LOGGED and not any(k.endswith(f".{name}") for k in known):
+        raise NotApplicable(name, value, "is a key of logger=wandb", f"logger=wandb {_meant(f'logger.{name}', value)}")
     if "." not in name and (group := nearest(name, groups)) and name not in groups and isinstance(value, str):
         raise ConfigError(name, value, f"there is no such group or key; groups are {', '.join(groups)}", _meant(group, value))
     if isinstance(value, dict):

@@ -9,14 +9,14 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 
-from lorica import cli, composition, options
-from lorica.checks import ELSEWHERE, check_ranges, positions_of
-from lorica.config import TrainConfig
+from lorica import cli, composition, elsewhere, options
+from lorica.checks import check_ranges, positions_of
+from lorica.config import TrainConfig, WandbLoggerConfig
 from lorica.proposals import nearest
 from lorica.runs import to_yaml
 
@@ -391,24 +391,45 @@ def test_settings_given_for_a_null_group_fill_it_with_its_defaults() -> None:
     assert composition.compose("train", ["model=mistral_lora", "model.quantization={}"]).model.quantization.load_in_4bit
 
 
-def test_a_key_of_other_programs_points_to_one_of_ours() -> None:
+def test_keys_and_values_of_other_programs_point_to_ones_of_ours() -> None:
     ours, groups = options.schema_keys(TrainConfig), options.group_options()
-    for theirs, key in ELSEWHERE.items():
-        group, _, option = key.partition("=")
-        assert theirs.rpartition(".")[2] not in {k.rpartition(".")[2] for k in ours}
-        assert option in groups[group] if option else key in ours
+    known = {*ours, *options.schema_keys(WandbLoggerConfig, "logger."), *(key.rpartition(".")[0] for key in ours)}
+    for theirs, words in elsewhere.KEYS.items():
+        assert theirs not in {k.rpartition(".")[2] for k in ours}
+        for word in words.split(" "):
+            key, assigned, value = word.partition("=")
+            assert key in known or (key in groups and assigned), word
+            assert key not in groups or value == "..." or value in groups[key], word
+    assert not set(elsewhere.INSTEAD) & {*elsewhere.KEYS, *(k.rpartition(".")[2] for k in ours)}
+    for key, values in elsewhere.VALUES.items():
+        choices = next(f.metadata["choices"] for f in fields(ours[key]) if f.name == key.rpartition(".")[2])
+        assert set(values.values()) <= set(choices) and not set(values) & set(choices)
 
 
-def test_what_other_programs_keys_say_is_proposed_for_ours(capsys: pytest.CaptureFixture[str]) -> None:
-    for typed, meant in (
-        ("lora_r=8", "model.lora.r=8"),
-        ("model_name_or_path=a/b", "model.base=a/b"),
-        ("bf16=true", "trainer.precision=..."),
-        ("report_to=wandb", "logger=wandb"),
-    ):
-        with pytest.raises(SystemExit):
-            cli.main("train", [typed])
-        assert f"try: {meant}\n" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("lora_r=8", "try: model.lora.r=8\n"),
+        ("model_name_or_path=a/b", "try: model.base=a/b\n"),
+        ("bf16=true", "try: trainer.precision=...\n"),
+        ("report_to=wandb", "try: logger=wandb\n"),
+        ("wandb_project=p", "try: logger=wandb logger.project=...\n"),
+        ("tags=[a,b]", "try: logger=wandb logger.tags=[a,b]\n"),
+        ("run_name=mine", "try: logger=wandb logger.run_name=mine\n"),
+        ("sample_packing=true", "rows are laid end to end by themselves where the GPU can\n  try: trainer.tokens_per_batch=4096\n"),
+        ("trainer.precision=fp16", "try: trainer.precision=16-mixed\n"),
+        ("optimizer.name=adamw_torch", "try: optimizer.name=adamw\n"),
+        ("trust_remote_code=true", "code that comes with weights is never run\n"),
+        ("cutoff_len=512", "try: model.max_length=512\n"),
+        ("device=cpu", "try: trainer.accelerator=cpu\n"),
+        ("model=mistralai/Mistral-7B-v0.1", "try: model.base=mistralai/Mistral-7B-v0.1 beside model=mistral_qlora (a causal model) or"),
+        ("data=mine.csv", "try: data.path=mine.csv beside data=classification,"),
+    ],
+)
+def test_what_other_programs_keys_say_is_proposed_for_ours(typed: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main("train", [typed])
+    assert says in capsys.readouterr().err
 
 
 def test_nearest_prefers_likeness_then_beginnings_and_ignores_case() -> None:
