@@ -71,7 +71,7 @@ def test_another_flash_attention_is_used_where_it_is_installed(monkeypatch: pyte
     monkeypatch.setattr(attention, "_only_torchs", False)
     arguments = (_config("roberta"), "sequence_classification", torch.device("cpu"))
     with pytest.raises(ImportError):
-        attention.use_installed("flash_attention_4")
+        attention.use_installed("flash_attention_4", torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"flash_attention_3.*needs bf16 or fp16"):
         base.attention_name("flash_attention_3", *arguments, torch.float32)
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", asked.append)
@@ -81,10 +81,22 @@ def test_another_flash_attention_is_used_where_it_is_installed(monkeypatch: pyte
     x, ends = torch.zeros(4, 2, 8), torch.tensor([0, 4], dtype=torch.int32)
     assert attention._varlen(x, x, x, ends, 4, False, None, 8**-0.5) == "ours"
     assert base.attention_name("flash_attention_3", *arguments, torch.bfloat16) == attention.VARLEN and not asked
-    attention.use_installed("flash_attention_3")
+    attention.use_installed("flash_attention_3", torch.device("cpu"))
     assert asked == ["FA3"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert base.attention_name("flash_attention_4", *arguments, torch.bfloat16) == attention.VARLEN
     with pytest.raises(ConfigError, match=r"flash_attention_3: is for GPUs of compute capability 9.x"):
         base.attention_name("flash_attention_3", *arguments, torch.bfloat16)
     assert isinstance(attention._varlen(x, x, x, ends, 4, False, None, 8**-0.5), torch.Tensor)
+
+
+def test_a_flash_attention_that_this_torch_can_not_call_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gives_more(*_: object, **__: object) -> torch.Tensor:
+        out, _lse = (torch.zeros(1),) * 4  # as flash-attn-4 from 4.0.0b20 on, of which torch takes two
+        return out
+
+    monkeypatch.setattr(attention, "_only_torchs", False)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", lambda name: None)
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", gives_more)
+    with pytest.raises(RuntimeError, match="ValueError: too many values to unpack"):
+        attention.use_installed("flash_attention_4", torch.device("cpu"))

@@ -33,17 +33,27 @@ def varlen_available(device: torch.device) -> bool:
     return True
 
 
-def use_installed(name: str) -> None:
+def use_installed(name: str, device: torch.device) -> None:
     """Let variable-length attention be one of INSTALLED, in this process: torch puts it in its own kernel's place for all that it runs.
 
+    It is tried at once: torch looks for the package's functions only, not at what they take and give, which has changed between versions.
+
     Raises:
-        ImportError: it is not installed. AttributeError, ValueError, RuntimeError: this torch can't use it.
+        ImportError: it is not installed. RuntimeError: this torch can't use it.
     """
     global _only_torchs
     from torch.nn import attention as torchs
 
-    torchs.activate_flash_attention_impl(INSTALLED[name][0])
-    _only_torchs = True
+    try:
+        torchs.activate_flash_attention_impl(INSTALLED[name][0])
+        _only_torchs = True
+        x = torch.ones(64, 2, 128, dtype=torch.bfloat16, device=device, requires_grad=True)
+        ends = torch.tensor([0, 64], dtype=torch.int32, device=device)
+        _varlen(x, x, x, ends, 64, True, None, x.shape[-1] ** -0.5).sum().backward()
+    except ImportError:
+        raise
+    except Exception as e:  # whatever a package raises that is called as it should not be
+        raise RuntimeError(f"{type(e).__name__}: {e}") from e
 
 
 def _varlen_parameters() -> frozenset[str]:

@@ -91,9 +91,9 @@ def load(config: TrainConfig, data: LoricaDataModule, machine: Machine, prepared
     package = settings.attn_implementation if settings.attn_implementation in attention.INSTALLED else None
     if package is not None:
         try:
-            attention.use_installed(package)
-        except (ImportError, AttributeError, RuntimeError, ValueError) as e:
-            why, fix = f"torch can't use it here ({e})", "install that package, or model.attn_implementation=auto"
+            attention.use_installed(package, machine.device)
+        except (ImportError, RuntimeError) as e:
+            why, fix = f"torch can't use it here ({e})", "that package, in a version for this torch, or model.attn_implementation=auto"
             raise ConfigError("model.attn_implementation", package, why, fix) from None
     torch.manual_seed(config.seed)  # a classifier's head and the adapters start from here
     model = base.load_model(
