@@ -233,7 +233,7 @@ def test_a_trained_models_merge_is_certified_and_answers_alike(shared: Path, tmp
     from transformers import pipeline
 
     run, rows = tmp_path / "run", ["data.source=files", f"data.path={shared / 'data' / 'sentiment'}"]
-    limits = ["data.max_train_examples=160", "data.max_validation_examples=50", "data.max_test_examples=200", "trainer.max_epochs=1"]
+    limits = ["data.max_train_examples=64", "data.max_validation_examples=16", "data.max_test_examples=200", "trainer.max_epochs=1"]
     base = ["model=tiny_mistral_qlora", f"model.base={shared / 'models' / 'tiny-mistral'}", "data=sentiment"]
     code, printed = lorica("train", *base, "model.task=sequence_classification", f"run_dir={run}", *rows, *limits)
     assert code == 0, printed
