@@ -28,7 +28,7 @@ from lorica.runs import Held
 from lorica.screen import counted
 
 STATE, LOCK, WHOLE, HEAD = "state.json", "lock", "whole", "head"
-PART = re.compile(r"([0-9a-f]{12})-(head|[0-9]{7})-([0-9a-f]{12})\.[a-z]+")
+PART = re.compile(r"([0-9a-f]{12})-(head|[0-9]{7})-[0-9a-f]{12}\.[a-z]+")
 OURS = re.compile(rf"{PART.pattern}|state\.json|lock|whole|\..+\.tmp")
 SUM = 12  # digits of a sha256 in names
 
@@ -65,7 +65,7 @@ class Parts:
                 if file.name not in (STATE, LOCK):
                     note = f"what {self.folder} had is not gone on with ({_difference(before, self.identity)})"
                     file.unlink()
-        elif damaged := [file for file in self._parts().values() if sha256(file)[:SUM] != PART.fullmatch(file.name)[3]]:  # type: ignore[index]
+        elif damaged := [file for file in self._parts().values() if sha256(file)[:SUM] != file.stem[-SUM:]]:
             for file in damaged:
                 file.unlink()
             note = f"{counted(len(damaged), 'part')} of {self.folder} {'was' if len(damaged) == 1 else 'were'} damaged, and made again"
@@ -94,17 +94,16 @@ class Parts:
         with replacing(self.folder / whole, len(content)) as file:
             file.write(content)
 
-    def join(self) -> None:
-        """Make the output of its parts, and remove them.
+    def join(self, chunks: int) -> None:
+        """Make the output of the parts of so many chunks, and remove them.
 
         Raises:
             DiskFull: it doesn't fit; the parts stay.
         """
         parts = self._parts()
-        head = parts.pop(HEAD)
-        paths = [parts[name] for name in sorted(parts)]
+        paths = [parts[f"{chunk:07d}"] for chunk in range(chunks)]
         with replacing(self.folder / WHOLE, sum(path.stat().st_size for path in paths)) as file:
-            join(head, paths, file)
+            join(parts[HEAD], paths, file)
         os.replace(self.folder / WHOLE, self.output)
         sync_folder(self.output.parent)
         for ours in self._files():

@@ -153,7 +153,7 @@ def _answer_rest(job: Job, version: tuple[int, int], devices: list[int], screen:
         stop.deferred = True
         if _version(job.source) != version:
             raise changed(job.source)
-        parts.join()
+        parts.join(len(survey.chunks))
     except Interrupted as e:
         stop.ignore()
         done = sum(survey.chunks[i][1] for i in parts.done())

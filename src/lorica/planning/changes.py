@@ -12,6 +12,7 @@ from lorica.planning.lengths import Lengths
 
 SHORTEST = 128  # of model.max_length that is proposed
 LEAST_RANK = 8  # of adapters that is proposed
+WHOLE = 0.1  # of model.lora.lora_alpha, which is a whole number, by that much another scale counts as the same
 NF4 = "model.quantization={load_in_4bit:true}"
 ADAPTED = "adapters of rank 16 learn, the weights stay as they are"
 
@@ -104,9 +105,11 @@ def _smaller_ranks(lora: LoraSettings) -> Iterator[Change]:
     """Half the rank and so on; the update is scaled as before."""
     r = lora.r // 2
     while r >= LEAST_RANK:
-        alpha = max(1, round(lora.lora_alpha * (r / lora.r) ** (0.5 if lora.use_rslora else 1)))
+        alpha = lora.lora_alpha * (r / lora.r) ** (0.5 if lora.use_rslora else 1)
+        if abs(round(alpha) / alpha - 1) > WHOLE:
+            return
         price = f"adapters of rank {r} in place of {lora.r}, scaled as before: fewer weights to learn with, enough for many tasks"
-        yield _set("rank", f"model.lora.r={r}", price, f"model.lora.lora_alpha={alpha}")
+        yield _set("rank", f"model.lora.r={r}", price, f"model.lora.lora_alpha={round(alpha)}")
         r //= 2
 
 
