@@ -277,6 +277,17 @@ def test_a_file_with_nothing_to_answer_is_answered(content: bytes, model: Path, 
     assert code == bad and "0 rows answered" in printed and len(rows_of(tmp_path / "in.scored.csv")) == bad
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_bytes_are_not_written_as_text(ending: str, model: Path, tmp_path: Path, lorica: Lorica) -> None:
+    pq.write_table(pa.table({"text": ["so", "well"], "image": [b"\x89PNG", b"\xff"]}), tmp_path / "in.parquet")
+    command = ("predict", f"run={model}", f"input={tmp_path / 'in.parquet'}", "accelerator=cpu")
+    code, printed = lorica(*command, f"output={tmp_path / f'out.{ending}'}")
+    assert code == 2 and f"column image of in.parquet holds bytes, which .{ending} can't" in printed
+    assert [f.name for f in tmp_path.iterdir()] == ["in.parquet"]
+    assert lorica(*command)[0] == 0
+    assert [row["image"] for row in rows_of(tmp_path / "in.scored.parquet")] == [b"\x89PNG", b"\xff"]
+
+
 @pytest.mark.usefixtures("small_chunks")
 def test_texts_that_are_cut_are_counted(model: Path, tmp_path: Path, lorica: Lorica) -> None:
     file = write_csv(tmp_path / "in.csv", 6)

@@ -12,7 +12,7 @@ from typing import Any
 from lorica.config import ConfigError
 from lorica.data.asking import ask_row, text_column
 from lorica.data.examples import Example
-from lorica.data.readers import Row, csv_header, read_rows
+from lorica.data.readers import Row, bytes_column, csv_header, read_rows
 from lorica.data.rows import BadRow
 from lorica.proposals import nearest, pasted
 
@@ -97,10 +97,13 @@ def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_row
     Args:
         task: lorica.json. column: the one with the text, where it was said. ending: of the file that the answers are written to.
     Raises:
-        ConfigError: columns with the names of ours, no text column, too many columns for a table, a file that can't be read.
+        ConfigError: columns with the names of ours, no text column, too many columns for a table, bytes that are no text and would be
+            written as such, a file that can't be read.
     """
     survey = Survey(column=column, only=look_ahead(path, task, column), kept=[])
     table, kinds = ending != ".jsonl", ending == ".parquet"
+    if not kinds and (name := bytes_column(path)) is not None:
+        raise ConfigError("output", None, f"column {name} of {path.name} holds bytes, which {ending} can't", "output=scored.parquet")
     rows = sound = letters = held = 0
     for row in read_input(path):
         _refuse_added(path, row.fields)

@@ -87,6 +87,19 @@ def csv_header(path: Path) -> list[str]:
     return []
 
 
+def bytes_column(path: Path) -> str | None:
+    """The first column of a parquet file that holds bytes which are no text; none of other files, nor of what can't be read."""
+    if path.suffix.lower() != ".parquet" or not path.is_file():
+        return None
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    with suppress(OSError, pa.ArrowException):
+        of_bytes = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+        return next((column.name for column in pa.parquet.read_schema(path) if any(kind(column.type) for kind in of_bytes)), None)
+    return None
+
+
 def _begin(file: TextIO, has_header: bool = True) -> tuple[str, int]:
     """(what separates the cells, lines before the first of them); the file is left there."""
     first = file.readline()
