@@ -33,13 +33,14 @@ def makes_fit(config: TrainConfig, lengths: Lengths | None, layers: int, fits: C
     Args:
         layers: of the model. fits: whether a configuration does.
     """
+    changes = list(ladder(config, lengths, layers))
+    if not fits(changed(config, {change.kind: change for change in changes}.values())):
+        return None  # not even with the furthest of every kind
     taken: dict[str, Change] = {}
-    for change in ladder(config, lengths, layers):
+    for change in changes:
         taken[change.kind] = change
         if fits(changed(config, taken.values())):
             break
-    else:
-        return None
     for kind in list(taken):  # dearest first are kept; what is not needed goes
         without = [c for c in taken.values() if c.kind != kind]
         if without and fits(changed(config, without)):
@@ -49,11 +50,11 @@ def makes_fit(config: TrainConfig, lengths: Lengths | None, layers: int, fits: C
 
 def alone(config: TrainConfig, lengths: Lengths | None, layers: int, fits: Callable[[TrainConfig], bool]) -> list[Change]:
     """Each single change that is enough by itself, the mildest of its kind."""
-    found: dict[str, Change] = {}
+    kinds: dict[str, list[Change]] = {}
     for change in ladder(config, lengths, layers):
-        if change.kind not in found and fits(changed(config, [change])):
-            found[change.kind] = change
-    return list(found.values())
+        kinds.setdefault(change.kind, []).append(change)
+    enough = [of_kind for of_kind in kinds.values() if fits(changed(config, of_kind[-1:]))]
+    return [next(change for change in of_kind if change is of_kind[-1] or fits(changed(config, [change]))) for of_kind in enough]
 
 
 def changed(config: TrainConfig, taken: Iterable[Change]) -> TrainConfig:

@@ -115,7 +115,9 @@ def proposals(train: TrainConfig, card: Card, shape: Shape, lengths: Lengths | N
     def fits(config: TrainConfig) -> bool:
         return make(config, card, shape, lengths).fit.fits
 
-    ways = [cheapest] if (cheapest := changes.makes_fit(train, lengths, shape.layers, fits)) is not None else []
+    if (cheapest := changes.makes_fit(train, lengths, shape.layers, fits)) is None:
+        return []
+    ways = [cheapest]
     known = [[change.overrides for change in way] for way in ways]
     ways += [[one] for one in changes.alone(train, lengths, shape.layers, fits) if [one.overrides] not in known]
     return [Proposal(way, make(changes.changed(train, way), card, shape, lengths)) for way in ways]
