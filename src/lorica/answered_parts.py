@@ -29,8 +29,8 @@ from lorica.screen import counted
 
 STATE, LOCK, WHOLE, HEAD = "state.json", "lock", "whole", "head"
 PART = re.compile(r"([0-9a-f]{12})-(head|[0-9]{7})-[0-9a-f]{12}\.[a-z]+")
-OURS = re.compile(rf"{PART.pattern}|state\.json|lock|whole|\..+\.tmp")
-SUM = 12  # digits of a sha256 in names
+OURS = re.compile(r"[0-9a-f]{12}-(head|[0-9]{7})(-[0-9a-f]{12})?\.[a-z]+|state\.json|lock|whole|\..+\.tmp")
+DIGITS = 12  # of a sha256 in names
 
 
 class Parts:
@@ -43,7 +43,7 @@ class Parts:
     def __init__(self, output: Path, identity: Mapping[str, Any]) -> None:
         self.output, self.identity = output, dict(identity)
         self.folder = output.with_name(f"{output.name}.partial")
-        self.fingerprint = _sum(self.identity)[:SUM]
+        self.fingerprint = _sum(self.identity)[:DIGITS]
         self._held: Held | None = None
 
     def surveyed(self) -> Survey | None:
@@ -65,7 +65,7 @@ class Parts:
                 if file.name not in (STATE, LOCK):
                     note = f"what {self.folder} had is not gone on with ({_difference(before, self.identity)})"
                     file.unlink()
-        elif damaged := [file for file in self._parts().values() if sha256(file)[:SUM] != file.stem[-SUM:]]:
+        elif damaged := [file for file in self._parts().values() if sha256(file)[:DIGITS] != file.stem[-DIGITS:]]:
             for file in damaged:
                 file.unlink()
             note = f"{counted(len(damaged), 'part')} of {self.folder} {'was' if len(damaged) == 1 else 'were'} damaged, and made again"
@@ -90,7 +90,7 @@ class Parts:
             DiskFull: it doesn't fit.
         """
         name = HEAD if chunk is None else f"{chunk:07d}"
-        whole = f"{self.fingerprint}-{name}-{hashlib.sha256(content).hexdigest()[:SUM]}{self.output.suffix.lower()}"
+        whole = f"{self.fingerprint}-{name}-{hashlib.sha256(content).hexdigest()[:DIGITS]}{self.output.suffix.lower()}"
         with replacing(self.folder / whole, len(content)) as file:
             file.write(content)
 
@@ -106,8 +106,8 @@ class Parts:
             join(parts[HEAD], paths, file)
         os.replace(self.folder / WHOLE, self.output)
         sync_folder(self.output.parent)
-        for ours in self._files():
-            ours.unlink()
+        for ours in sorted(self._files(), key=lambda file: (file.name == LOCK, file.name != STATE)):
+            ours.unlink()  # the state first: without it parts are nobody's; the lock last: until then nobody else comes in
         with suppress(OSError):  # somebody else's file is in it
             self.folder.rmdir()
 

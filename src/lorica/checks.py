@@ -71,7 +71,7 @@ def check_ranges(config: Any) -> None:
     for name, value, meta in walk(config):
         choices = meta.get("choices") or ()
         if choices and value is not None and value not in choices:
-            meant = elsewhere.VALUES.get(name, {}).get(str(value)) or nearest(str(value), choices) or choices[0]
+            meant = elsewhere.VALUES.get(name, {}).get(str(value).lower()) or nearest(str(value), choices) or choices[0]
             raise ConfigError(name, value, f"must be one of {', '.join(choices)}", f"{name}={meant}")
         if value == "":
             raise ConfigError(name, "''", "is empty: give a value or leave it out")

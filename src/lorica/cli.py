@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lorica.checks import check_step
-from lorica.composition import complete, compose, compose_tree
+from lorica.composition import complete, compose, compose_tree, refuse_cut
 from lorica.config import VERBS, CompareConfig, ConfigError, DoctorConfig, PlanConfig, TrainConfig
 from lorica.options import group_options, register_plugins
 from lorica.proposals import in_shell, nearest, sibling
@@ -83,6 +83,7 @@ def run(verb: str, args: list[str]) -> int:
     typed, flags = _split(args)
     if flags["json"] and verb not in WITH_JSON:
         raise ConfigError("--json", None, f"is a flag of {' and '.join(WITH_JSON)}, not of {verb}", "leave it out")
+    refuse_cut(verb, typed)
     overrides, for_train = _own(verb, typed, flags["config_dir"])
     if flags["show"] == "job" and flags["multirun"]:
         raise ConfigError("--cfg", "job", "shows one run, not a grid", "leave -m and --multirun out, with one value a key")

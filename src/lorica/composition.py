@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorica import elsewhere, plain_yaml
+from lorica import plain_yaml
 from lorica.checks import HOW_TO_GIVE, check
 from lorica.config import (
     DATA_SCHEMAS,
@@ -25,9 +25,10 @@ from lorica.config import (
     TrainConfig,
     fill_recommended,
 )
-from lorica.mistakes import refuse_unknown, translate, type_rule
+from lorica.mistakes import option_meant, refuse_unknown, translate, type_rule
 from lorica.options import conf_dir, group_options, schema_keys
-from lorica.proposals import in_shell, nearest, pasted, quoted, uncut
+from lorica.proposals import in_shell, nearest, quoted, uncut
+from lorica.secrets import is_secret_name
 from lorica.states import last_state
 
 OPTIONAL_GROUPS = ("experiment", "debug")  # null unless chosen
@@ -151,13 +152,9 @@ def _parse(verb: str, args: Sequence[str], config_dir: str | None) -> tuple[list
             override = parser.parse_override(text)
         except HydraException as e:
             where, _, value = text.partition("=")
-            if (whole := uncut(args, place, parser, VERBATIM.get(verb, ()))) is not None:
-                raise ConfigError(
-                    whole.partition("=")[0], whole.partition("=")[2], "a shell cuts it at its spaces", in_shell(whole)
-                ) from None
             if "=" not in text:
                 group = next((g for g, names in options.items() if where in names), None)
-                fix = f"{group}={where}" if group else "quotes around a value with spaces" if " " in where else f"{where}=..."
+                fix = _as_text_of(verb, args, place) or (f"{group}={where}" if group else f"{where}=...")
                 raise ConfigError(where, None, "is not key=value", fix) from None
             if fix := quoted(where, value, parser):
                 raise ConfigError(where, value, "can't be read: what is not plain letters and digits needs quotes", fix) from None
@@ -177,10 +174,7 @@ def _parse(verb: str, args: Sequence[str], config_dir: str | None) -> tuple[list
         if name in options and not isinstance(override.value(), dict):
             value = override.value()
             if value not in options[name] and not (value is None and name in OPTIONAL_GROUPS):
-                near = nearest(str(value), options[name])
-                key, beside = elsewhere.OF_A_GROUP.get(name, ("", ""))
-                fix = f"{pasted(key, value)} beside {beside}" if near is None and key else f"{name}={near or options[name][0]}"
-                raise ConfigError(name, value, f"must be one of {', '.join(options[name])}", fix)
+                raise ConfigError(name, value, f"must be one of {', '.join(options[name])}", option_meant(name, value, options[name]))
             if value is None:
                 groups = [g for g in groups if not g.startswith(f"{name}=")]
             else:
@@ -209,6 +203,42 @@ def _verbatim(name: str, typed: str) -> str | None:
 def _as_text(value: str) -> str:
     """A text for OmegaConf, which would look up what stands in `${...}`."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+
+
+def refuse_cut(verb: str, words: Sequence[str]) -> None:
+    """Refuse a value that a shell cut at its spaces.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    whole = uncut(words)
+    key, _, value = (whole or "").partition("=")
+    if whole is None or is_secret_name(key) or key in VERBATIM.get(verb, ()):
+        return
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, fix = OverridesParser.create(), in_shell(whole)
+    try:
+        parser.parse_override(whole)
+    except HydraException:
+        fix = quoted(key, value, parser)
+    if fix:
+        raise ConfigError(key, value, "a shell cuts it at its spaces", fix)
+
+
+def _as_text_of(verb: str, words: Sequence[str], at: int) -> str:
+    """text=... around a word that is no key's and those beside it, where a text is asked for; quotes around a path with spaces."""
+    keys = [word.partition("=")[0] for word in words]
+    before = next((i for i in reversed(range(at)) if "=" in words[i]), None)
+    after = next((i for i in range(at, len(words)) if "=" in words[i] and keys[i] in schema_keys(VERBS[verb])), len(words))
+    if before is not None and keys[before] in VERBATIM.get(verb, ()):
+        whole = " ".join(words[before:after])
+        if keys[before] == "text" or Path(whole.partition("=")[2]).exists():
+            return in_shell(whole)
+    if " " in words[at]:
+        return in_shell(f"text={words[at]}") if verb == "predict" else "quotes around a value with spaces"
+    return ""
 
 
 def _is_fraction(verb: str, key: str) -> bool:

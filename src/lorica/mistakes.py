@@ -4,16 +4,19 @@ ConfigError. No torch."""
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lorica import elsewhere
-from lorica.config import DATA_SCHEMAS, LOGGER_SCHEMAS, ConfigError, NotApplicable, WandbLoggerConfig, as_typed
+from lorica.checks import DATA_ENDINGS, REPOSITORY
+from lorica.config import DATA_SCHEMAS, LOGGER_SCHEMAS, ConfigError, NotApplicable, TrainConfig, WandbLoggerConfig, as_typed
 from lorica.options import group_options, schema_keys
 from lorica.proposals import nearest, pasted
 from lorica.secrets import REDACTED, is_secret_name, redact
 
-LOGGED = {f.name for f in dataclasses.fields(WandbLoggerConfig)}  # typed without their group, too
+OF_WANDB = {f.name for f in dataclasses.fields(WandbLoggerConfig)}  # keys, typed without their group, too
 
 
 def refuse_unknown(name: str, value: Any, known: list[str], tree: Any, verb: str) -> NoReturn:
@@ -38,13 +41,15 @@ def refuse_unknown(name: str, value: Any, known: list[str], tree: Any, verb: str
     leaf = name.rpartition(".")[2]
     if verb == "train" and leaf in elsewhere.INSTEAD:
         raise ConfigError(name, value, *elsewhere.INSTEAD[leaf])
+    if verb == "train" and leaf in elsewhere.CHOICES:
+        raise ConfigError(name, value, "there is no such key", elsewhere.CHOICES[leaf].get(as_typed(value).lower(), "leave it out"))
     if verb == "train" and leaf in elsewhere.KEYS:
-        ours = elsewhere.KEYS[leaf]
-        raise ConfigError(name, value, "there is no such key", ours if "=" in ours else _meant(ours, value))
-    if verb == "train" and name in LOGGED and not any(k.endswith(f".{name}") for k in known):
+        raise ConfigError(name, value, "there is no such key", _in_ours(elsewhere.KEYS[leaf], value, groups))
+    if verb == "train" and name in OF_WANDB and not any(k.endswith(f".{name}") for k in known):
         raise NotApplicable(name, value, "is a key of logger=wandb", f"logger=wandb {_meant(f'logger.{name}', value)}")
     if "." not in name and (group := nearest(name, groups)) and name not in groups and isinstance(value, str):
-        raise ConfigError(name, value, f"there is no such group or key; groups are {', '.join(groups)}", _meant(group, value))
+        meant = option_meant(group, value, groups[group])
+        raise ConfigError(name, value, f"there is no such group or key; groups are {', '.join(groups)}", meant)
     if isinstance(value, dict):
         group = nearest(name, {k.rpartition(".")[0] for k in known} - {""})
         raise ConfigError(name, None, "there is no such group of keys", f"{group}={{...}}" if group else f"lorica {verb} --help")
@@ -52,8 +57,45 @@ def refuse_unknown(name: str, value: Any, known: list[str], tree: Any, verb: str
     raise ConfigError(name, value, "there is no such key", _meant(near, value) if near else f"lorica {verb} --help")
 
 
+def option_meant(group: str, value: Any, options: list[str]) -> str:
+    """What to type for an option that a group does not have: the one most like it, or the key that takes a file's or a base's name."""
+    text, near = str(value), nearest(str(value), options)
+    if group == "data" and text not in options:
+        if Path(text).suffix.lower() in DATA_ENDINGS or ("/" in text and Path(text).expanduser().exists()):
+            return f"data=classification {_meant('data.path', text)}"
+        if re.fullmatch(REPOSITORY, text):
+            return f"data=classification data.source=hub {_meant('data.hub_id', text)}"
+    if group == "model" and text not in options and ("/" in text or near is None):
+        return f"model={'roberta_lora' if 'bert' in text.lower() else 'mistral_qlora'} {_meant('model.base', text)}"
+    return f"{group}={near or options[0]}"
+
+
+def _in_ours(ours: str, value: Any, groups: dict[str, list[str]]) -> str:
+    """One of `elsewhere.KEYS`' proposals with the value that was typed, as far as ours takes it."""
+    key, others, _ = ours.partition("=...")
+    if key in groups and not others:
+        return option_meant(key, value, groups[key])
+    if others and as_typed(value).lower() not in elsewhere.VALUES.get(key, {}):
+        return ours
+    return _meant(key, value) if key not in schema_keys(TrainConfig) or _takes(key, value) else f"{key}=..."
+
+
+def _takes(key: str, value: Any) -> bool:
+    """Whether a key of train can have the value, by its choices and, where it counts something, by its kind and its lower bound."""
+    holder, leaf = schema_keys(TrainConfig)[key], key.rpartition(".")[2]
+    hint, meta = typing.get_type_hints(holder)[leaf], next(f.metadata for f in dataclasses.fields(holder) if f.name == leaf)
+    kinds = typing.get_args(hint) or (hint,)
+    if value is None:
+        return type(None) in kinds
+    if meta.get("choices"):
+        return value in meta["choices"] or as_typed(value).lower() in elsewhere.VALUES.get(key, {})
+    counts = int in kinds and float not in kinds and str not in kinds
+    return not counts or (isinstance(value, int) and not isinstance(value, bool) and value >= (meta.get("low") or value))
+
+
 def _meant(key: str, value: Any) -> str:
-    """What to paste; a secret is not written again, in which another form of it would not be known for one."""
+    """What to paste, as ours call the value; a secret is not written again, in which another form of it would not be known for one."""
+    value = elsewhere.VALUES.get(key, {}).get(as_typed(value).lower(), value)
     return pasted(key, value) if redact(as_typed(value)) == as_typed(value) else f"{key}=..."
 
 

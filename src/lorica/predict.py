@@ -69,8 +69,10 @@ def _answer_text(config: PredictConfig, text: str) -> None:
 
 
 def _cut(texts: int, task: dict[str, Any]) -> str:
-    were, longest = "was" if texts == 1 else "were", task.get("max_length") or 512
-    return f"{counted(texts, 'text')} {were} longer than the {longest:,} tokens that the model reads, and {were} cut"
+    longest = task.get("max_length") or 512
+    return (
+        f"{counted(texts, 'text')} did not fit into the {longest:,} tokens that the model reads, and {'was' if texts == 1 else 'were'} cut"
+    )
 
 
 def _line(answer: Answer) -> str:
@@ -114,9 +116,9 @@ def _answer_file(config: PredictConfig, screen: Screen, stop: Stop) -> int:
     survey = parts.surveyed() or look_through(source, task, config.text_column, chunk_rows, target.suffix.lower())
     if survey.only is not None and known_column(task, {survey.only}) is None:
         screen.note(f"texts are read from the only column, {survey.only}")
-    if note := parts.hold(survey):
-        screen.note(note)
     try:
+        if note := parts.hold(survey):
+            screen.note(note)
         return _answer_rest(Job(config, kind, source, task, survey, parts), version, devices, screen, stop)
     except DiskFull as e:
         screen.print(f"failed: {str(e).partition(';')[0]}; what is answered is in {parts.folder}. Make room, then the same command goes on")
@@ -161,7 +163,7 @@ def _answer_rest(job: Job, version: tuple[int, int], devices: list[int], screen:
         return EXIT_CODE
     _say_what_is_done(survey, before, seconds, parts.output, screen)
     if cut:
-        screen.note(_cut(cut, job.task))
+        screen.note(_cut(cut, job.task) + (" (of those answered now)" if before else ""))
     return 1 if survey.faults else 0
 
 

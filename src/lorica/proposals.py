@@ -75,28 +75,21 @@ def quoted(key: str, value: str, parser: Any) -> str:
     return proposal
 
 
-def uncut(words: Sequence[str], at: int, parser: Any, verbatim: Sequence[str]) -> str | None:
-    """The key=value that a shell cut at its spaces, one of whose words can't be read: a list, a mapping, or what has spaces around `=`.
+def uncut(words: Sequence[str]) -> str | None:
+    """The first key=value that a shell cut at its spaces: a list, a mapping, several values, or what has spaces around its `=`."""
+    for i, whole in enumerate(words):
+        for more in words[i + 1 :]:
+            if _open(whole):
+                whole += more if whole.endswith("=") else f" {more}"
+            elif ("=" not in whole and more.startswith("=")) or (whole.endswith(("=", ",")) and "=" not in more and "=" in whole):
+                whole += more
+            else:
+                break
+        if whole != words[i] and re.fullmatch(r"[+~]*[A-Za-z_][\w./@]*=.+", whole) and not _open(whole):
+            return whole
+    return None
 
-    Args:
-        words: as they were typed. at: the one. parser: Hydra's. verbatim: keys whose values are texts as they are.
-    """
-    from hydra.errors import HydraException
 
-    begins = re.compile(r"[+~]*[A-Za-z_][\w./@]*=")
-    first = last = at
-    if not begins.match(words[at]) and not (at + 1 < len(words) and words[at + 1].startswith("=")):
-        first = max((i for i in range(at) if begins.match(words[i])), default=at)
-    while last + 1 < len(words) and not begins.match(words[last + 1]):
-        last += 1
-    key, assigned, value = (part.strip() for part in " ".join(words[first : last + 1]).partition("="))
-    if first == last or not (assigned and value):
-        return None
-    whole = f"{key}={value}"
-    if key in verbatim:
-        return whole
-    try:
-        read = parser.parse_override(whole).value()
-    except HydraException:
-        return None
-    return whole if isinstance(read, list | dict) or " " not in value else None
+def _open(text: str) -> bool:
+    """Whether a bracket is not closed."""
+    return sum(map(text.count, "[{")) > sum(map(text.count, "]}"))

@@ -26,7 +26,7 @@ from lorica.config import ConfigError, TrainConfig
 from lorica.durable import write_text
 from lorica.proposals import pasted
 from lorica.secrets import REDACTED, redact, redact_tree
-from lorica.states import last_state, newest_intact, put_away
+from lorica.states import last_state, manifest_of, newest_intact, put_away, states
 
 GRIDS, COMPARISONS = Path("outputs") / "grids", Path("outputs") / "compare"
 FAILED = "failed.json"  # how a run of a grid or a comparison failed
@@ -90,7 +90,7 @@ def begin(config: TrainConfig, argv: list[str]) -> Beginning:
         folder = _make(folder, config.run_dir is None)
         held = Held(folder)
         if (away := put_away(folder)) is not None:
-            notes.append(f"an earlier start's states are now in {away}: this run is fresh, resume=auto would have gone on with them")
+            notes.append(f"an earlier start's states are now in {away}: this run is fresh, which one with resume=auto would not have been")
         write_config(folder, config, argv)
     except OSError as e:
         raise ConfigError("run_dir", folder, f"can't be written ({e.strerror or e})", "run_dir=<a folder of yours>") from None
@@ -149,14 +149,14 @@ def _candidates(config: TrainConfig) -> list[Path]:
 
 
 def _left_unfinished(config: TrainConfig) -> Path | None:
-    """The newest run with a state to go on from that was asked for by the same configuration, and that no process trains."""
+    """The newest run with a state and its checksum that was asked for by the same configuration, and that no process trains."""
     from yaml import safe_load
 
     asked = _compared(safe_load(to_yaml(config)))
     for folder in _with_states(_candidates(config)):
-        with contextlib.suppress(ConfigError):  # its configuration can't be read, or it is being trained
-            if _compared(plain_yaml.read(folder / "config.yaml", "resume")) == asked:
-                Held(folder).release()
+        with contextlib.suppress(ConfigError, OSError):  # another's, or unreadable
+            same = _compared(plain_yaml.read(folder / "config.yaml", "resume")) == asked
+            if same and any(manifest_of(state).is_file() for state in states(folder)) and not Held.is_held(folder):
                 return folder
     return None
 
@@ -225,6 +225,22 @@ class Held:
         os.ftruncate(self.descriptor, 0)
         os.write(self.descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
         self._open.add(self.descriptor)
+
+    @staticmethod
+    def is_held(folder: Path, lock: str = ".hydra/lock") -> bool:
+        """Whether a process has it; nothing is written.
+
+        Raises:
+            OSError: there is no lock, or none that may be looked at.
+        """
+        descriptor = os.open(folder / lock, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
 
     def release(self) -> None:
         """Let others in."""

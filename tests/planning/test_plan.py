@@ -80,13 +80,13 @@ def test_every_proposal_fits_as_it_is_pasted(model: str, gpu: str) -> None:
     [
         (["model.lora.r=256"], 5, ["model.lora.r=32 model.lora.lora_alpha=4", "model.train_layers=last_4"]),
         (["model.lora.r=256", "model.lora.use_rslora=true"], 5, ["model.lora.r=32 model.lora.lora_alpha=11", "model.train_layers=last_4"]),
-        (  # 32 would be scaled by 0.5 / 32
+        (  # 32 would be scaled by 0.5 / 32, or by another
             ["model.lora.r=256", "model.lora.lora_alpha=4"],
             5,
             ["model.lora.r=64 model.lora.lora_alpha=1 model.train_layers=last_16", "model.train_layers=last_4"],
         ),
-        (["model.quantization=null", "model.lora=null"], 8, ["model.lora={r:16} model.quantization={load_in_4bit:true}"]),
-        (["model.quantization=null", "model.lora=null"], 40, ["model.lora={r:16}", "model.train_layers=last_8"]),
+        (["model.quantization=null", "model.lora=null"], 8, ["model.lora={r:16} model.quantization={load_in_4bit:true} optimizer.lr=2e-4"]),
+        (["model.quantization=null", "model.lora=null"], 40, ["model.lora={r:16} optimizer.lr=2e-4", "model.train_layers=last_8"]),
     ],
 )
 def test_fewer_weights_to_learn_are_proposed_where_that_is_enough(given: list[str], gib: int, proposed: list[str]) -> None:

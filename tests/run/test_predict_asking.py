@@ -163,7 +163,7 @@ def test_a_text_that_is_cut_is_said_to_be(writer: Path, lorica: Lorica) -> None:
     (writer / "lorica.json").write_text(json.dumps(task | {"max_length": 12}), "utf-8")
     assert "cut" not in lorica("predict", f"run={writer}", "text=so", "max_new_tokens=1")[1]
     code, printed = lorica("predict", f"run={writer}", f"text={'so ' * 20}", "max_new_tokens=1")
-    assert code == 0 and "1 text was longer than the 12 tokens that the model reads, and was cut" in printed
+    assert code == 0 and "1 text did not fit into the 12 tokens that the model reads, and was cut" in printed
 
 
 def test_answers_are_as_long_as_in_training_unless_said(

@@ -152,9 +152,10 @@ def test_a_parquet_file_keeps_its_columns_types(model: Path, tmp_path: Path, lor
     scored = pq.read_table(tmp_path / "in.scored.parquet")
     assert scored.select(table.column_names).cast(table.schema).equals(table)
     assert scored.schema.field("price").type == pa.decimal128(7, 2) and scored.column_names[-1] == "probabilities"
+    pq.write_table(table.drop_columns("raw"), tmp_path / "text.parquet")
     for ending in ("csv", "jsonl"):
         out = tmp_path / f"out.{ending}"
-        assert lorica("predict", f"run={model}", f"input={tmp_path / 'in.parquet'}", f"output={out}", "accelerator=cpu")[0] == 0
+        assert lorica("predict", f"run={model}", f"input={tmp_path / 'text.parquet'}", f"output={out}", "accelerator=cpu")[0] == 0
         assert len(rows_of(out)) == 2
 
 
@@ -277,25 +278,37 @@ def test_a_file_with_nothing_to_answer_is_answered(content: bytes, model: Path, 
     assert code == bad and "0 rows answered" in printed and len(rows_of(tmp_path / "in.scored.csv")) == bad
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl"])
-def test_bytes_are_not_written_as_text(ending: str, model: Path, tmp_path: Path, lorica: Lorica) -> None:
-    pq.write_table(pa.table({"text": ["so", "well"], "image": [b"\x89PNG", b"\xff"]}), tmp_path / "in.parquet")
+@pytest.mark.parametrize(
+    ("ending", "kind"),
+    [("csv", pa.binary()), ("jsonl", pa.binary(4)), ("csv", pa.struct([("bytes", pa.binary())])), ("jsonl", pa.list_(pa.large_binary()))],
+)
+def test_bytes_are_not_written_as_text(ending: str, kind: Any, model: Path, tmp_path: Path, lorica: Lorica) -> None:
+    image = {"bytes": b"\x89PNG"} if pa.types.is_struct(kind) else [b"\x89PNG"] if pa.types.is_list(kind) else b"\x89PNG"
+    pq.write_table(pa.table({"text": ["so", "well"], "image": pa.array([image, None], kind)}), tmp_path / "in.parquet")
     command = ("predict", f"run={model}", f"input={tmp_path / 'in.parquet'}", "accelerator=cpu")
     code, printed = lorica(*command, f"output={tmp_path / f'out.{ending}'}")
     assert code == 2 and f"column image of in.parquet holds bytes, which .{ending} can't" in printed
     assert [f.name for f in tmp_path.iterdir()] == ["in.parquet"]
     assert lorica(*command)[0] == 0
-    assert [row["image"] for row in rows_of(tmp_path / "in.scored.parquet")] == [b"\x89PNG", b"\xff"]
+    assert [row["image"] for row in rows_of(tmp_path / "in.scored.parquet")] == [image, None]
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_column_whose_name_is_no_text_is_kept(model: Path, tmp_path: Path, lorica: Lorica) -> None:
+    (tmp_path / "in.csv").write_bytes(b"text,caf\xe9\nso,1\n")
+    code, printed = lorica("predict", f"run={model}", f"input={tmp_path / 'in.csv'}", "accelerator=cpu")
+    assert code == 0 and "1 row answered" in printed, printed
+    assert len((tmp_path / "in.scored.csv").read_bytes().splitlines()) == 2
 
 
 @pytest.mark.usefixtures("small_chunks")
 def test_texts_that_are_cut_are_counted(model: Path, tmp_path: Path, lorica: Lorica) -> None:
     file = write_csv(tmp_path / "in.csv", 6)
-    assert "longer than" not in lorica("predict", f"run={model}", f"input={file}", "accelerator=cpu")[1]
+    assert "did not fit" not in lorica("predict", f"run={model}", f"input={file}", "accelerator=cpu")[1]
     with file.open("a", encoding="utf-8") as f:
         f.write(f"6,{'soup ' * 50}\n")
     _, printed = lorica("predict", f"run={model}", f"input={file}", "accelerator=cpu")
-    assert "1 text was longer than the 40 tokens that the model reads, and was cut" in " ".join(printed.split())
+    assert "1 text did not fit into the 40 tokens that the model reads, and was cut" in " ".join(printed.split())
 
 
 # -------------------------------------------------------------------------------------------------------------- going on
@@ -372,6 +385,18 @@ def test_a_damaged_part_is_answered_again(
     code, printed = lorica(*command, f"output={out}")
     assert code == 0 and all(words in " ".join(printed.split()) for words in says), printed
     assert digest(out) == digest(straight) and not (tmp_path / f"out.{ending}.partial").exists()
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_parts_without_their_sums_are_told_of_and_go(model: Path, tmp_path: Path, lorica: Lorica) -> None:
+    """As earlier versions wrote them."""
+    file, folder = write_csv(tmp_path / "in.csv", 6), tmp_path / "in.scored.csv.partial"
+    folder.mkdir()
+    (folder / "0123456789ab-0000001.csv").write_text("x\n")
+    (folder / "state.json").write_text(json.dumps({"identity": {}, "survey": {}}))
+    code, printed = lorica("predict", f"run={model}", f"input={file}", "accelerator=cpu")
+    assert code == 0 and "is not gone on with (its state can't be read)" in printed and "6 rows answered" in printed
+    assert not folder.exists()
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -569,7 +594,7 @@ def test_several_devices_make_the_file_of_one(ending: str, devices: int, model: 
         f.write(b"6500,\n" + b"".join(b"%d,%s\n" % (i, b"soup " * 50) for i in range(6501, 6504)))
     for output, count in ((one, 1), (several, devices)):
         code, printed = lorica("predict", f"run={model}", f"input={file}", f"output={output}", "accelerator=cpu", f"devices={count}")
-        assert code == 1 and "6,503 rows answered" in printed and "3 texts were longer than the 40 tokens" in printed, printed
+        assert code == 1 and "6,503 rows answered" in printed and "3 texts did not fit into the 40 tokens" in printed, printed
     assert digest(one) == digest(several)
 
 

@@ -161,6 +161,13 @@ def test_the_same_command_names_the_run_that_it_left_unfinished(tmp_path: Path, 
     held = Held(cut)
     assert command not in " ".join(lorica("train", "debug=fast", "trainer.checkpoint_every_n_steps=1")[1].split())
     held.release()
+    lock, manifests = cut / ".hydra" / "lock", list((cut / "checkpoints").glob("*.sha256"))
+    for hidden in ([lock], manifests):  # nothing that may be looked at, no state that is intact
+        for part in hidden:
+            part.rename(part.with_name(f"hidden-{part.name}"))
+        assert command not in " ".join(lorica("train", "debug=fast", "trainer.checkpoint_every_n_steps=1")[1].split())
+        for part in hidden:
+            part.with_name(f"hidden-{part.name}").rename(part)
     code, printed = lorica("train", "debug=fast", "trainer.checkpoint_every_n_steps=1")
     assert code == 0 and f"{command} goes on with it; this one is fresh" in " ".join(printed.split())
     assert lorica("train", *command.split()[2:])[0] == 0

@@ -81,7 +81,7 @@ class Truncation:
             setattr(self, name, getattr(self, name) + count)
 
     def count_prompt(self, tokens: int) -> None:
-        """One whose prompt has so many too many, or none where that is not above 0."""
+        """A row whose prompt has so many tokens too many; 0 and less are none."""
         if tokens > 0:
             self.rows += 1
             self.prompts += 1

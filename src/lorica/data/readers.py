@@ -94,9 +94,15 @@ def bytes_column(path: Path) -> str | None:
     import pyarrow as pa
     import pyarrow.parquet
 
+    plain = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+
+    def holds(kind: Any) -> bool:
+        if pa.types.is_dictionary(kind):
+            return holds(kind.value_type)
+        return any(of(kind) for of in plain) or any(holds(kind.field(i).type) for i in range(kind.num_fields))
+
     with suppress(OSError, pa.ArrowException):
-        of_bytes = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
-        return next((column.name for column in pa.parquet.read_schema(path) if any(kind(column.type) for kind in of_bytes)), None)
+        return next((column.name for column in pa.parquet.read_schema(path) if holds(column.type)), None)
     return None
 
 

@@ -50,9 +50,12 @@ def use_installed(name: str, device: torch.device) -> None:
         x = torch.ones(64, 2, 128, dtype=torch.bfloat16, device=device, requires_grad=True)
         ends = torch.tensor([0, 64], dtype=torch.int32, device=device)
         _varlen(x, x, x, ends, 64, True, None, x.shape[-1] ** -0.5).sum().backward()
-    except ImportError:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except (ImportError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as e:  # whatever a package raises that is called as it should not be
+        _only_torchs = False
         raise RuntimeError(f"{type(e).__name__}: {e}") from e
 
 

@@ -12,9 +12,10 @@ from lorica.planning.lengths import Lengths
 
 SHORTEST = 128  # of model.max_length that is proposed
 LEAST_RANK = 8  # of adapters that is proposed
-WHOLE = 0.1  # of model.lora.lora_alpha, which is a whole number, by that much another scale counts as the same
+ROUNDED = 0.1  # of a scale that may be lost where model.lora.lora_alpha, a whole number, is rounded
 NF4 = "model.quantization={load_in_4bit:true}"
-ADAPTED = "adapters of rank 16 learn, the weights stay as they are"
+ADAPTERS, RATE = "model.lora={r:16}", "optimizer.lr=2e-4"
+ADAPTED = "adapters of rank 16 learn, at their usual rate, and the weights stay as they are"
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,9 @@ def ladder(config: TrainConfig, lengths: Lengths | None, layers: int) -> Iterato
             "the same numbers; every layer runs twice, its input waits in host memory",
         )
     if model.lora is None:
-        yield Change("adapters", ("model.lora={r:16}",), f"{ADAPTED}; they want an optimizer.lr of about 2e-4", _adapted)
+        yield Change("adapters", (ADAPTERS, RATE), ADAPTED, _adapted)
         if model.quantization is None:
-            price = f"{ADAPTED}, in NF4 with 9 % error each; adapters want an optimizer.lr of about 2e-4"
-            yield Change("adapters", ("model.lora={r:16}", NF4), price, _both)
+            yield Change("adapters", (ADAPTERS, NF4, RATE), f"{ADAPTED}, in NF4 with 9 % error each", _both)
     elif model.quantization is None:
         yield Change("bits", (NF4,), "NF4 weights: 9 % error each, a loss a little higher", _quantised)
     if model.lora is not None:
@@ -107,10 +107,9 @@ def _smaller_ranks(lora: LoraSettings) -> Iterator[Change]:
     r = lora.r // 2
     while r >= LEAST_RANK:
         alpha = lora.lora_alpha * (r / lora.r) ** (0.5 if lora.use_rslora else 1)
-        if abs(round(alpha) / alpha - 1) > WHOLE:
-            return
-        price = f"adapters of rank {r} in place of {lora.r}, scaled as before: fewer weights to learn with, enough for many tasks"
-        yield _set("rank", f"model.lora.r={r}", price, f"model.lora.lora_alpha={round(alpha)}")
+        if abs(round(alpha) / alpha - 1) <= ROUNDED:
+            price = f"adapters of rank {r} in place of {lora.r}, scaled as before: fewer weights to learn with, enough for many tasks"
+            yield _set("rank", f"model.lora.r={r}", price, f"model.lora.lora_alpha={round(alpha)}")
         r //= 2
 
 
