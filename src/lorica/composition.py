@@ -236,6 +236,11 @@ def _as_text_of(verb: str, words: Sequence[str], at: int) -> str:
         whole = " ".join(words[before:after])
         if keys[before] == "text" or Path(whole.partition("=")[2]).exists():
             return in_shell(whole)
+    path = Path(words[at]).expanduser()
+    if path.is_file() and verb == "predict":
+        return in_shell(f"input={words[at]}")
+    if path.is_dir() and "run" in VERBATIM.get(verb, ()):
+        return in_shell(f"run={words[at]}")
     if " " in words[at]:
         return in_shell(f"text={words[at]}") if verb == "predict" else "quotes around a value with spaces"
     return ""
@@ -401,7 +406,9 @@ def _apply(tree: Any, verb: str, name: str, value: Any) -> None:
         return
     if name in sections and value is not None:
         inner = [k for k in known if k.startswith(f"{name}.")]
-        raise ConfigError(name, value, "is a group of keys, not a value", f"{nearest(f'{name}.{value}', inner) or inner[0]}=...")
+        without = name in ("model.lora", "model.quantization") and str(value).lower() in ("none", "false", "no", "off", "")
+        fix = f"{name}=null" if without else f"{nearest(f'{name}.{value}', inner) or inner[0]}=..."
+        raise ConfigError(name, value, "is a group of keys, not a value", fix)
     parent = name.rpartition(".")[0]
     if parent and OmegaConf.select(tree, parent) is None:
         chosen = OmegaConf.select(tree, "model.name") if parent.startswith("model.") else None

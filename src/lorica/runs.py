@@ -30,25 +30,9 @@ from lorica.states import last_state, manifest_of, newest_intact, put_away, stat
 
 GRIDS, COMPARISONS = Path("outputs") / "grids", Path("outputs") / "compare"
 FAILED = "failed.json"  # how a run of a grid or a comparison failed
-# What a run writes over, of what others may have in a folder, too.
-WRITTEN = frozenset(
-    [
-        "config.yaml",
-        "train.log",
-        "metrics.csv",
-        "predictions.jsonl",
-        "environment.json",
-        "curves.png",
-        "confusion.png",
-        "token_contract.json",
-        "data_report.json",
-        "data_report.md",
-        "data_report.html",
-        "adapter",
-        "model",
-        "checkpoints",
-    ]
-)
+LOG = "train.log"
+LOGS = (".err", ".log", ".out")  # what schedulers write into a run's folder before it begins
+SHOWN = 3  # names of files that a refusal shows
 TASK_FILE = "lorica.json"  # beside an adapter's or a model's weights: what it answers and how it is asked
 
 
@@ -108,10 +92,11 @@ def refuse_taken(folder: Path) -> None:
         raise ConfigError("run_dir", folder, "holds a finished run", fix)
     if folder.exists() and not folder.is_dir():
         raise ConfigError("run_dir", folder, "is a file", fix)
-    there = sorted(path.name for path in folder.glob("*") if path.name in WRITTEN)
+    there = sorted(path.name for path in folder.glob("[!.]*") if path.suffix not in LOGS or path.name == LOG)
     ours = any((folder / name).exists() for name in (".hydra/lock", FAILED)) or {"config.yaml", "checkpoints"} <= set(there)
     if there and not ours:
-        raise ConfigError("run_dir", folder, f"has {', '.join(there)}, of no run, which would be overwritten", fix)
+        more = f" and {len(there) - SHOWN:,} more" if len(there) > SHOWN else ""
+        raise ConfigError("run_dir", folder, f"has {', '.join(there[:SHOWN])}{more}, of no run", fix)
 
 
 def refuse_at_once(config: TrainConfig) -> None:

@@ -21,6 +21,14 @@ from lorica.secrets import redact
 COUNT_SECONDS = 0.5  # what takes less gets no bar
 
 
+class _Console(Console):
+    """Who reads the screen may go (`| head`, a terminal that is closed): the work goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Screen:
     """Prints to the terminal and, without colour, to a log file.
 
@@ -30,7 +38,7 @@ class Screen:
     def __init__(self, log: Path | None = None, rank: int = 0) -> None:
         self.rank = rank
         width = None if sys.stdout.isatty() else 110
-        self.console = Console(highlighter=NullHighlighter(), soft_wrap=False, width=width, quiet=rank > 0)
+        self.console = _Console(highlighter=NullHighlighter(), soft_wrap=False, width=width, quiet=rank > 0)
         self._path = log if rank == 0 or log is None else log.with_name(f"{log.stem}.rank{rank}{log.suffix}")
         self._file: TextIO | None = None
         self._log: Console | None = None

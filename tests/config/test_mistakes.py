@@ -263,9 +263,11 @@ MORE_MISTAKES = {
         "data=classification | data.path=data/reviews.csv | data.labels=[good,poor]", "has the unknown label 'bad'", "try: mend them"
     ),
     "folder of a finished run": wrong("run_dir=finished", "run_dir=finished: holds a finished run", "another run_dir"),
-    "folder with others' files": wrong(
-        "run_dir=bare", "run_dir=bare: has config.yaml, of no run, which would be overwritten", "another run_dir"
-    ),
+    "folder with others' files": wrong("run_dir=bare", "run_dir=bare: has config.yaml, of no run", "another run_dir"),
+    "folder of something else": wrong("run_dir=sources", "run_dir=sources: has a.py, b.py, c.py and 1 more, of no run", "another run_dir"),
+    "no adapters by another word": wrong("model.lora=None", "try: model.lora=null"),
+    "a file without its key": wrong("run=finished | the file.csv", "try: 'input=the file.csv'", verb="predict"),
+    "a run without its key": wrong("finished", "try: run=finished", verb="merge"),
     "nothing to resume": wrong("resume=required", "there is no unfinished run with an intact checkpoint", "try: resume=auto"),
     "resume=auto in a finished run": wrong("run_dir=finished | resume=auto", "run_dir=finished: holds a finished run"),
     "umlauts in a list": wrong(
@@ -330,6 +332,9 @@ MORE_MISTAKES = {
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the mistakes miss narrowly."""
     root = tmp_path_factory.mktemp("workspace")
+    (root / "sources").mkdir()
+    for name in ("a.py", "b.py", "c.py", "d.py", ".hidden", "slurm-1.out"):
+        (root / "sources" / name).touch()
     (root / "the file.csv").write_text("text\nso\n")
     files = {
         "data/reviews.csv": "text,label\nfine,good\npoor,bad\n",

@@ -75,6 +75,9 @@ def test_every_proposal_fits_as_it_is_pasted(model: str, gpu: str) -> None:
         assert runner.make(pasted, card, shape, lengths).fit.fits
 
 
+NF4, ALL_LINEAR = "model.quantization={load_in_4bit:true}", "model.lora={r:16,target_modules:all-linear}"
+
+
 @pytest.mark.parametrize(
     ("given", "gib", "proposed"),
     [
@@ -85,8 +88,21 @@ def test_every_proposal_fits_as_it_is_pasted(model: str, gpu: str) -> None:
             5,
             ["model.lora.r=64 model.lora.lora_alpha=1 model.train_layers=last_16", "model.train_layers=last_4"],
         ),
-        (["model.quantization=null", "model.lora=null"], 8, ["model.lora={r:16} model.quantization={load_in_4bit:true} optimizer.lr=2e-4"]),
-        (["model.quantization=null", "model.lora=null"], 40, ["model.lora={r:16} optimizer.lr=2e-4", "model.train_layers=last_8"]),
+        (
+            ["model.quantization=null", "trainer.precision=32-true"],
+            20,
+            ["trainer.precision=auto", "model.quantization={load_in_4bit:true}"],
+        ),
+        (
+            ["model.quantization=null", "model.lora=null"],
+            8,
+            [f"{ALL_LINEAR} {NF4} optimizer.lr=2e-4"],
+        ),
+        (
+            ["model.quantization=null", "model.lora=null"],
+            40,
+            [f"{ALL_LINEAR} optimizer.lr=2e-4", "model.train_layers=last_8"],
+        ),
     ],
 )
 def test_fewer_weights_to_learn_are_proposed_where_that_is_enough(given: list[str], gib: int, proposed: list[str]) -> None:
@@ -151,6 +167,7 @@ def test_as_json(lorica: Lorica) -> None:
         (["gpu=rtx9090"], "must be one of rtx3060_12gb"),
         (["gpu=l4", "model.max_length=600"], "MiniLM-L6-v2 has 512 positions"),
         (["gpus=l4"], "gpu=l4"),
+        (["gpu=16gb"], "try: gpu.memory_gib=16"),
         (["gpu=l4,t4"], "try: one value"),
         (["gpu.memory_gib=1e30"], "gpu.memory_gib"),
         (["gpu=l4", "model.base=Qwen/Qwen2.5-0.5B"], "target_modules=[q_proj,k_proj,"),

@@ -293,6 +293,14 @@ def test_bytes_are_not_written_as_text(ending: str, kind: Any, model: Path, tmp_
     assert [row["image"] for row in rows_of(tmp_path / "in.scored.parquet")] == [image, None]
 
 
+def test_a_parquet_file_without_rows_keeps_its_columns(model: Path, tmp_path: Path, lorica: Lorica) -> None:
+    schema = pa.schema([("id", pa.int64()), ("text", pa.string()), ("at", pa.date32())])
+    pq.write_table(schema.empty_table(), tmp_path / "in.parquet")
+    assert lorica("predict", f"run={model}", f"input={tmp_path / 'in.parquet'}", "accelerator=cpu")[0] == 0
+    scored = pq.read_table(tmp_path / "in.scored.parquet")
+    assert scored.num_rows == 0 and scored.select(schema.names).schema.equals(schema) and "prediction" in scored.column_names
+
+
 @pytest.mark.usefixtures("small_chunks")
 def test_a_column_whose_name_is_no_text_is_kept(model: Path, tmp_path: Path, lorica: Lorica) -> None:
     (tmp_path / "in.csv").write_bytes(b"text,caf\xe9\nso,1\n")

@@ -1,6 +1,8 @@
-"""A long count has a bar on a terminal, and nothing but one line elsewhere."""
+"""A long count has a bar on a terminal, and nothing but one line elsewhere; nobody has to look."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,3 +74,17 @@ def test_a_line_says_of_which_step_its_loss_is(monkeypatch: pytest.MonkeyPatch) 
     for step in (10, 16):
         shown.on_train_batch_end(SimpleNamespace(is_global_zero=True, global_step=step), None, None, None, 0)  # type: ignore[arg-type]
     assert out.getvalue().splitlines() == ["step 10/69  loss 1.5000  165 tokens/s", "step 16/69  loss 1.5000 (at step 10)  165 tokens/s"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_nobody_reads_its_screen_any_more(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, str(root / "train.py"), "debug=fast", f"run_dir={tmp_path / 'run'}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read().decode()
+        assert process.wait() == 0 and "Traceback" not in said, said
+    assert (tmp_path / "run" / "metrics.json").is_file()
+    assert "predict.py" in (tmp_path / "run" / "train.log").read_text("utf-8").splitlines()[-1]

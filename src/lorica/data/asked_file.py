@@ -12,7 +12,7 @@ from typing import Any
 from lorica.config import ConfigError
 from lorica.data.asking import ask_row, text_column
 from lorica.data.examples import Example
-from lorica.data.readers import Row, bytes_column, csv_header, read_rows
+from lorica.data.readers import Row, bytes_column, csv_header, parquet_columns, read_rows
 from lorica.data.rows import BadRow
 from lorica.proposals import nearest, pasted
 
@@ -130,7 +130,7 @@ def look_through(path: Path, task: dict[str, Any], column: str | None, chunk_row
     if rows:
         survey.chunks.append((rows, sound))
     if table and not survey.columns:
-        survey.columns.update({name: "" for name in csv_header(path) if name not in ADDED})
+        survey.columns.update({name: "" for name in [*csv_header(path), *parquet_columns(path)] if name not in ADDED})
     return survey
 
 

@@ -87,12 +87,24 @@ def csv_header(path: Path) -> list[str]:
     return []
 
 
-def bytes_column(path: Path) -> str | None:
-    """The first column of a parquet file that holds bytes which are no text; none of other files, nor of what can't be read."""
+def parquet_columns(path: Path) -> dict[str, Any]:
+    """The columns of a parquet file with Arrow's types; none of other files, nor of what can't be read."""
     if path.suffix.lower() != ".parquet" or not path.is_file():
-        return None
+        return {}
     import pyarrow as pa
     import pyarrow.parquet
+
+    with suppress(OSError, pa.ArrowException):
+        return {column.name: column.type for column in pa.parquet.read_schema(path)}
+    return {}
+
+
+def bytes_column(path: Path) -> str | None:
+    """The first column of a parquet file that holds bytes which are no text, at any depth."""
+    columns = parquet_columns(path)
+    if not columns:
+        return None
+    import pyarrow as pa
 
     plain = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
 
@@ -101,9 +113,7 @@ def bytes_column(path: Path) -> str | None:
             return holds(kind.value_type)
         return any(of(kind) for of in plain) or any(holds(kind.field(i).type) for i in range(kind.num_fields))
 
-    with suppress(OSError, pa.ArrowException):
-        return next((column.name for column in pa.parquet.read_schema(path) if holds(column.type)), None)
-    return None
+    return next((name for name, kind in columns.items() if holds(kind)), None)
 
 
 def _begin(file: TextIO, has_header: bool = True) -> tuple[str, int]:

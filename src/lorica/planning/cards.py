@@ -120,6 +120,8 @@ def _named(name: str) -> Card:
     starts = [known for known in CARDS if _plain(re.sub(r"_\d+gb$", "", known)) == plain]
     if len(starts) == 1:
         return CARDS[starts[0]]
+    if size := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b)?", name.strip().lower()):
+        raise ConfigError("gpu", name, "is no card's name", f"gpu.memory_gib={size[1]}")
     near = starts[0] if starts else nearest(plain, CARDS) or "rtx4090_24gb"
     raise ConfigError("gpu", name, f"must be one of {', '.join(CARDS)}", f"gpu={near}, or gpu.memory_gib=24")
 
