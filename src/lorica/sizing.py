@@ -53,7 +53,8 @@ def choose(config: TrainConfig, data: LoricaDataModule, machine: Machine, archit
     found = parts.fastest(config, shape, card, lengths)
     if found is None:
         raise refusal(config, shape, card, lengths)
-    return *astuple(found.size), parts.told(found.size, config, card) if found.size != parts.asked(config) else ""
+    told = parts.told(found.size, config, shape, card, lengths) if found.size != parts.asked(config) else ""
+    return *astuple(found.size), told
 
 
 def going_on(config: TrainConfig, data: LoricaDataModule, machine: Machine, architecture: dict[str, Any], into: int) -> Size:

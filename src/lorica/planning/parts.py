@@ -87,11 +87,13 @@ def smallest(config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | N
     return min((_sized(config, card, job, sizes, size) for size in _ways(config, shape, sizes.rows)), key=lambda one: one.fit.peak)
 
 
-def told(size: Size, config: TrainConfig, card: Card) -> str:
-    """What to tell the user of a size that was not asked for."""
+def told(size: Size, config: TrainConfig, shape: Shape, card: Card, lengths: Lengths | None) -> str:
+    """What to tell the user of a size that was not asked for: why, and what it is."""
     cut = f"micro-batches run in {size.parts} parts (the same rows and the same loss a step)" if size.parts > 1 else ""
     moved = "the input embeddings wait in host memory" if size.host_embeddings and not config.trainer.offload_embeddings else ""
-    return f"to fit {card.usable / GIB:.1f} GiB, {' and '.join(filter(None, (cut, moved)))}"
+    faster = sized(config, shape, card, lengths, asked(config)).fit.fits
+    why = "as it is faster here" if faster else f"to fit {card.usable / GIB:.1f} GiB"
+    return f"{why}, {' and '.join(filter(None, (cut, moved)))}"
 
 
 def movable(config: TrainConfig, shape: Shape) -> bool:

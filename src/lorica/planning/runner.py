@@ -210,7 +210,7 @@ def _facts(plan: Plan, train: TrainConfig, config: PlanConfig) -> list[tuple[str
     laid = "end to end" if job.way.flat else "padded"
     rows.append(("micro-batch", f"{job.tokens:,} tokens{divided} x {train.trainer.accumulate_grad_batches} accumulated, {laid}"))
     if plan.size != parts.asked(train):
-        told = parts.told(plan.size, train, card)
+        told = parts.told(plan.size, train, plan.shape, card, lengths)
         rows.append(("fitted", told if plan.fit.fits else f"at the least: {told.partition(', ')[2]}"))
     precision = train.trainer.precision
     if precision in ("auto", "bf16-mixed"):
