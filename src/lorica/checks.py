@@ -33,6 +33,7 @@ from lorica.config import (
 )
 from lorica.proposals import nearest, sibling
 
+CAUSAL = ("mistral", "tiny_mistral")  # what models begin with that write texts, unless they are made classifiers
 DATA_ENDINGS = (".csv", ".jsonl", ".json", ".parquet")
 # Packages that a format of `export` imports: those of the extra of the same name.
 EXTRAS = {
@@ -264,12 +265,10 @@ def _check_logger(logger: LoggerConfig) -> None:
 
 def _check_pair(config: TrainConfig) -> None:
     if config.model.task == "sequence_classification" and not isinstance(config.data, ClassificationDataConfig):
-        raise ConfigError(
-            "model",
-            config.model.name,
-            f"is a classifier, and data={config.data.name} has no labels",
-            "data=sentiment, or model=mistral_qlora",
-        )
+        why = f"is a classifier, and data={config.data.name} has no labels"
+        if config.model.name.startswith(CAUSAL):
+            raise ConfigError("model.task", config.model.task, why, "model.task=causal_lm")
+        raise ConfigError("model", config.model.name, why, "data=sentiment, or model=mistral_qlora")
     if config.model.task == "sequence_classification" and isinstance(config.data, ClassificationDataConfig) and config.data.shots:
         raise NotApplicable("data.shots", config.data.shots, "is for causal models; a classifier reads the text alone", "data.shots=0")
 

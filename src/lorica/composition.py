@@ -31,6 +31,7 @@ from lorica.proposals import in_shell, nearest, quoted, uncut
 from lorica.secrets import is_secret_name
 from lorica.states import last_state
 
+LISTS = ("model.lora.target_modules", "trainer.devices")  # or a word, or a number
 OPTIONAL_GROUPS = ("experiment", "debug")  # null unless chosen
 # Sentences, paths and names, taken as they are typed: Hydra's grammar would stumble over their commas, apostrophes and umlauts.
 VERBATIM = {
@@ -170,6 +171,8 @@ def _parse(verb: str, args: Sequence[str], config_dir: str | None) -> tuple[list
             value, fix = override.get_value_string(), f"-m {text}" if verb == "train" else "one value"
             if re.fullmatch(r"-?0,\d+", value) and _is_fraction(verb, name):
                 fix = f"{name}={value.replace(',', '.')} where a number was meant, else {fix}"
+            if _is_list(verb, name):
+                fix = f"{in_shell(f'{name}=[{value}]')} for a list{f', {fix} for a grid' if verb == 'train' else ''}"
             raise ConfigError(name, value, "several values make a grid", fix)
         if name in options and not isinstance(override.value(), dict):
             value = override.value()
@@ -251,6 +254,13 @@ def _is_fraction(verb: str, key: str) -> bool:
     holder = schema_keys(VERBS[verb]).get(key)
     hint = typing.get_type_hints(holder)[key.rpartition(".")[2]] if holder is not None else None
     return float in (hint, *typing.get_args(hint))
+
+
+def _is_list(verb: str, key: str) -> bool:
+    """Whether a key of the schema takes a list."""
+    holder = schema_keys(VERBS[verb]).get(key)
+    hint = typing.get_type_hints(holder)[key.rpartition(".")[2]] if holder is not None else None
+    return key in LISTS or any(typing.get_origin(kind) is list for kind in (hint, *typing.get_args(hint)))
 
 
 def _check_text(config: PredictConfig) -> None:

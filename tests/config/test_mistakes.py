@@ -265,6 +265,16 @@ MORE_MISTAKES = {
     "folder of a finished run": wrong("run_dir=finished", "run_dir=finished: holds a finished run", "another run_dir"),
     "folder with others' files": wrong("run_dir=bare", "run_dir=bare: has config.yaml, of no run", "another run_dir"),
     "folder of something else": wrong("run_dir=sources", "run_dir=sources: has a.py, b.py, c.py and 1 more, of no run", "another run_dir"),
+    "a list without its brackets": wrong(
+        "model.lora.target_modules=query,key",
+        "target_modules=[query,key] for a list, -m model.lora.target_modules=query,key",
+    ),
+    "another verb's list without its brackets": wrong("models=a,b", "try: models=[a,b] for a list\n", verb="compare"),
+    "a causal model made a classifier": wrong(
+        "model=mistral_qlora | data=chat | model.task=sequence_classification",
+        "model.task=sequence_classification: is",
+        "try: model.task=causal_lm",
+    ),
     "no adapters by another word": wrong("model.lora=None", "try: model.lora=null"),
     "a file without its key": wrong("run=finished | the file.csv", "try: 'input=the file.csv'", verb="predict"),
     "a run without its key": wrong("finished", "try: run=finished", verb="merge"),
