@@ -18,6 +18,7 @@ import pytest
 from lorica import cli, composition, elsewhere, options
 from lorica.checks import check_ranges, positions_of
 from lorica.config import ConfigError, TrainConfig
+from lorica.mistakes import refuse_unknown
 from lorica.proposals import nearest
 from lorica.runs import to_yaml
 
@@ -429,18 +430,19 @@ def test_keys_and_values_of_other_programs_point_to_ones_of_ours(workspace: Path
     leaves = {k.rpartition(".")[2] for k in options.schema_keys(TrainConfig)}
     theirs = {*elsewhere.KEYS, *elsewhere.CHOICES, *elsewhere.INSTEAD}
     assert not theirs & leaves and len(theirs) == sum(map(len, (elsewhere.KEYS, elsewhere.CHOICES, elsewhere.INSTEAD)))
+    tree, known, proposed = composition.compose_tree("train", []), list(options.schema_keys(TrainConfig)), set()
     for name in theirs:
-        for value in ("5", "true", "a/b"):
+        for value in (5, True, False, 0.5, "a/b", "cpu", "auto", "fp16", "adamw_torch", None, ["x"]):
             with pytest.raises(ConfigError) as refused:
-                composition.compose("train", [f"{name}={value}"])
-            fix = refused.value.fix
-            if fix == "leave it out" or fix.startswith("lorica push"):
-                continue
-            try:
-                composition.compose("train", shlex.split(fix.replace("=...", "=null")))
-            except ConfigError as e:
-                assert "there is no such key" not in e.rule, fix
-                assert "..." in fix or not e.rule.startswith("must be one of"), fix
+                refuse_unknown(name, value, known, tree, "train")
+            proposed.add(refused.value.fix)
+    assert {"leave it out", "optimizer.name=adamw", "trainer.precision=16-mixed", "debug=fast", "data=..."} <= proposed
+    for fix in proposed - {"leave it out", "lorica push run=... repo=..."}:
+        try:
+            composition.compose("train", shlex.split(fix.replace("=...", "=null")))
+        except ConfigError as e:
+            assert "there is no such key" not in e.rule, fix
+            assert "..." in fix or not e.rule.startswith("must be one of"), fix
     for key, values in elsewhere.VALUES.items():
         holder, leaf = options.schema_keys(TrainConfig)[key], key.rpartition(".")[2]
         choices = next(f.metadata["choices"] for f in fields(holder) if f.name == leaf)
