@@ -75,9 +75,9 @@ CHOICES = {
 
 # Their key -> (what is so here, what to type).
 INSTEAD = {
+    "chat_template": ("prompts are written with the tokenizer's own chat template", "model.use_chat_template=true"),
     "deepspeed": ("weights are not divided among GPUs: each has its own, by DDP", "trainer.devices=..."),
     "fsdp": ("weights are not divided among GPUs: each has its own, by DDP", "trainer.devices=..."),
-    "chat_template": ("prompts are written with the tokenizer's own chat template", "model.use_chat_template=true"),
     "load_in_8bit": ("weights are kept in 4 bits, or plain", "model.quantization={load_in_4bit:true}"),
     "neftune_noise_alpha": ("there is no noise on embeddings here", "leave it out"),
     "overfit_batches": ("a few rows are learnt by heart in a run for that", "debug=overfit"),

@@ -69,10 +69,8 @@ def _answer_text(config: PredictConfig, text: str) -> None:
 
 
 def _cut(texts: int, task: dict[str, Any]) -> str:
-    longest = task.get("max_length") or 512
-    return (
-        f"{counted(texts, 'text')} did not fit into the {longest:,} tokens that the model reads, and {'was' if texts == 1 else 'were'} cut"
-    )
+    longest, were = task.get("max_length") or 512, "was" if texts == 1 else "were"
+    return f"{counted(texts, 'text')} did not fit into the {longest:,} tokens that the model reads, and {were} cut"
 
 
 def _line(answer: Answer) -> str:
