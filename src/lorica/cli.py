@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lorica import __version__
 from lorica.checks import check_step
 from lorica.composition import complete, compose, compose_tree, refuse_cut
 from lorica.config import VERBS, CompareConfig, ConfigError, DoctorConfig, PlanConfig, TrainConfig
@@ -48,6 +49,9 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> NoReturn
             stream.reconfigure(errors="backslashreplace")  # names and columns of files may hold what is no text
     gc.disable()  # what is read at the start stays: looking through it for garbage is a tenth of the time
     try:
+        if args[:1] == ["--version"]:
+            print(f"lorica {__version__}")
+            sys.exit(0)
         if verb is None:
             if not args or args[0] in ("-h", "--help"):
                 print(USAGE)

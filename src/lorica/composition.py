@@ -221,12 +221,18 @@ def refuse_cut(verb: str, words: Sequence[str]) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    parser, fix = OverridesParser.create(), in_shell(whole)
-    try:
-        parser.parse_override(whole)
-    except HydraException:
-        fix = quoted(key, value, parser)
-    if fix:
+    parser = OverridesParser.create()
+
+    def reads(word: str) -> bool:
+        try:
+            parser.parse_override(word)
+        except HydraException:
+            return False
+        return True
+
+    if all(map(reads, words)):  # a bracket is within quotes
+        return
+    if fix := in_shell(whole) if reads(whole) else quoted(key, value, parser):
         raise ConfigError(key, value, "a shell cuts it at its spaces", fix)
 
 

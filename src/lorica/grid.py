@@ -12,7 +12,7 @@ from lorica.cells import Cell, digest, run_missing, why
 from lorica.config import ConfigError, NotApplicable, TrainConfig
 from lorica.durable import write_json
 from lorica.runs import GRIDS
-from lorica.screen import Screen
+from lorica.screen import Screen, counted
 
 
 def run_grid(overrides: Sequence[str], compose: Callable[[list[str]], Any], config_dir: str | None = None) -> int:
@@ -32,7 +32,7 @@ def run_grid(overrides: Sequence[str], compose: Callable[[list[str]], Any], conf
     folder = GRIDS / digest([*typed, *(["--config-dir", config_dir] if config_dir else [])])
     for text in dropped:
         screen.note(text)
-    screen.print(f"grid {folder}: {len(cells)} runs")
+    screen.print(f"grid {folder}: {counted(len(cells), 'run')}")
     if code := run_missing(screen, cells, folder, f"grid-{folder.name}", compose, config_dir):
         return code
     records = [_record(cell, folder / cell.name) for cell in cells]

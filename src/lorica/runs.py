@@ -32,6 +32,7 @@ GRIDS, COMPARISONS = Path("outputs") / "grids", Path("outputs") / "compare"
 FAILED = "failed.json"  # how a run of a grid or a comparison failed
 LOG = "train.log"
 LOGS = (".err", ".log", ".out")  # what schedulers write into a run's folder before it begins
+ROOT = "lost+found"  # of a file system of its own
 SHOWN = 3  # names of files that a refusal shows
 TASK_FILE = "lorica.json"  # beside an adapter's or a model's weights: what it answers and how it is asked
 
@@ -92,7 +93,7 @@ def refuse_taken(folder: Path) -> None:
         raise ConfigError("run_dir", folder, "holds a finished run", fix)
     if folder.exists() and not folder.is_dir():
         raise ConfigError("run_dir", folder, "is a file", fix)
-    there = sorted(path.name for path in folder.glob("[!.]*") if path.suffix not in LOGS or path.name == LOG)
+    there = sorted(path.name for path in folder.glob("[!.]*") if path.name == LOG or (path.suffix not in LOGS and path.name != ROOT))
     ours = any((folder / name).exists() for name in (".hydra/lock", FAILED)) or {"config.yaml", "checkpoints"} <= set(there)
     if there and not ours:
         more = f" and {len(there) - SHOWN:,} more" if len(there) > SHOWN else ""

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import lorica
 from lorica import cli, composition, help_screen, options
-from lorica.config import TrainConfig
+from lorica.config import ConfigError, TrainConfig
 from lorica.runs import to_yaml
 
 OPTIONS = options.group_options()
@@ -159,3 +160,16 @@ def test_a_reader_that_stops_early_sees_no_traceback() -> None:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()  # `--help | head`, before the first line
         assert process.stderr.read() == b""
+
+
+def test_brackets_within_quotes_are_no_cut_lists() -> None:
+    composition.refuse_cut("train", ['data.prompt_template="[INST {text}"', 'data.prompt_template_with_input="{prompt} {input}]"'])
+    with pytest.raises(ConfigError, match="a shell cuts it at its spaces"):
+        composition.refuse_cut("train", ["model.lora.target_modules=[query,", "value]"])
+
+
+@pytest.mark.parametrize("verb", [None, "train"])
+def test_the_version_is_said(verb: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(verb, ["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"lorica {lorica.__version__}\n"

@@ -344,7 +344,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the mistakes miss narrowly."""
     root = tmp_path_factory.mktemp("workspace")
     (root / "sources").mkdir()
-    for name in ("a.py", "b.py", "c.py", "d.py", ".hidden", "slurm-1.out"):
+    for name in ("a.py", "b.py", "c.py", "d.py", ".hidden", "slurm-1.out", "lost+found"):
         (root / "sources" / name).touch()
     (root / "the file.csv").write_text("text\nso\n")
     files = {

@@ -194,6 +194,12 @@ def test_damaged_rows_are_refused_with_the_rest(tmp_path: Path) -> None:
     assert [e.text for e in data.splits.train] == ["good", "bad"]
 
 
+def test_a_file_that_names_its_columns_itself_is_told_to(write: Writer) -> None:
+    rows = [("text", "label"), ("well", "a"), ("so", "b")]
+    with pytest.raises(ConfigError, match=r"3 of 3 rows can't be used(.|\n)*try: data\.csv_columns=null"):
+        classification(write("a.csv", rows), csv_columns=["label", "title", "description"]).load()
+
+
 def test_a_file_of_nothing_but_damaged_rows_is_refused_by_its_lines(write: Writer) -> None:
     with pytest.raises(ConfigError, match=r"2 of 2 rows can't be used: a\.csv:2 has 3 columns, not 2"):
         classification(write("a.csv", [("text", "label"), ("well", "well", "a"), ("so", "so", "b")])).load()

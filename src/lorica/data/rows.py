@@ -161,12 +161,10 @@ class Rows:
         foreign = any(why == NOT_UTF8 for _, why in self.faults) and all(
             str(value).isascii() for row in rows if not row.fault for value in row.fields.values()
         )
-        raise ConfigError(
-            "data.on_bad_rows",
-            "refuse",
-            f"{len(self.faults):,} of {len(rows):,} rows can't be used: {shown}{more}",
-            IN_UTF8 if foreign else "mend them, or data.on_bad_rows=skip",
-        )
+        fix = IN_UTF8 if foreign else "mend them, or data.on_bad_rows=skip"
+        if len(self.faults) == len(rows) and self.config.csv_columns:
+            fix = "data.csv_columns=null where the first line names the columns, or another data="
+        raise ConfigError("data.on_bad_rows", "refuse", f"{len(self.faults):,} of {len(rows):,} rows can't be used: {shown}{more}", fix)
 
     def fault_counts(self) -> dict[str, int]:
         """Skipped rows by reason."""
