@@ -72,6 +72,8 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> NoReturn
         code = NOTHING_KEPT
     finally:
         gc.enable()
+    if (launch := sys.modules.get("lorica.launch")) is not None:
+        launch.leave(code)
     sys.exit(code)
 
 

@@ -118,3 +118,26 @@ def test_two_processes_that_are_stopped_and_killed_go_on_to_the_same_bits(tmp_pa
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert _ends(run) == _ends(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_of_several_processes_ends_without_taking_threads_down(processes: int) -> None:
+    """What was to be done at the exit is done, destructors of torch's threads are not run: now and then one of them aborted."""
+    program = f"""
+import atexit, sys, weakref
+sys.path.insert(0, {str(ROOT / "src")!r})
+from lorica import cli, launch
+class Kept: pass
+kept = Kept()
+weakref.finalize(kept, print, "at the exit")
+launch.torch.distributed.is_initialized = lambda: True
+launch.torch.distributed.get_world_size = lambda: {processes}
+class TakenDown:
+    def __del__(self): sys.stdout.write("taken down\\n")
+sys.modules["left"] = TakenDown()
+cli.run = lambda verb, args: 75
+cli.main("train", [])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75, done.stderr
+    assert done.stdout.splitlines() == ["at the exit", *(["taken down"] if processes == 1 else [])]
