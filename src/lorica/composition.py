@@ -257,16 +257,21 @@ def _as_text_of(verb: str, words: Sequence[str], at: int) -> str:
 
 def _is_fraction(verb: str, key: str) -> bool:
     """Whether a key of the schema takes numbers with decimals."""
-    holder = schema_keys(VERBS[verb]).get(key)
-    hint = typing.get_type_hints(holder)[key.rpartition(".")[2]] if holder is not None else None
-    return float in (hint, *typing.get_args(hint))
+    return float in _kinds(verb, key)
 
 
 def _is_list(verb: str, key: str) -> bool:
     """Whether a key of the schema takes a list."""
+    return key in LISTS or any(typing.get_origin(kind) is list for kind in _kinds(verb, key))
+
+
+def _kinds(verb: str, key: str) -> tuple[Any, ...]:
+    """A key's type and what that is made of; none of a key that is not in the schema."""
     holder = schema_keys(VERBS[verb]).get(key)
-    hint = typing.get_type_hints(holder)[key.rpartition(".")[2]] if holder is not None else None
-    return key in LISTS or any(typing.get_origin(kind) is list for kind in (hint, *typing.get_args(hint)))
+    if holder is None:
+        return ()
+    hint = typing.get_type_hints(holder)[key.rpartition(".")[2]]
+    return (hint, *typing.get_args(hint))
 
 
 def _check_text(config: PredictConfig) -> None:

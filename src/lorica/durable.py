@@ -125,10 +125,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of JSON, NaN-free; what can't be in UTF-8 (a file's name, a column's) is kept as its number."""
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        text = json.dumps(_finite(value), indent=2, allow_nan=False)
-    write_text(path, text + "\n")
+    finite = _finite(value)
+    try:
+        write_text(path, json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    except UnicodeEncodeError:  # before anything is written
+        write_text(path, json.dumps(finite, indent=2, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:
